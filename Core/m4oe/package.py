@@ -1,0 +1,67 @@
+"""A model is one file: safetensors whose header carries the `ModelSpec`. No pickle is ever loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import atomic_write
+from .network.unet import MoESwinUNet
+from .spec import METADATA_KEY, ModelSpec, read_spec
+
+HASH_KEY = "sha256"
+
+
+def save_model(path: Path | str, network: MoESwinUNet, spec: ModelSpec, dtype: torch.dtype = torch.float16) -> None:
+    """Writes the network's tensors as `dtype` and its spec; nothing is left half-written.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in network.state_dict().items()}
+    text = spec.to_json()
+    metadata = {METADATA_KEY: text, HASH_KEY: _digest(text, tensors)}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MoESwinUNet, ModelSpec]:
+    """Reads a model, checks its hash, and returns its network (float32, in evaluation mode) and spec.
+
+    Raises:
+        ValueError: The file is not a model, is damaged, or its tensors do not fit its spec.
+    """
+    spec = read_spec(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged and cannot be used ({error}); get the file again") from error
+    if metadata.get(HASH_KEY) != _digest(metadata[METADATA_KEY], tensors):
+        raise ValueError(f"{path} is damaged: it does not match its checksum; get the file again")
+    with torch.device("meta"):
+        network = MoESwinUNet(spec.network, len(spec.structures) + 1)
+    _check_fit(path, network.state_dict(), tensors)
+    network.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
+    return network.to(device).eval().requires_grad_(False), spec
+
+
+def _check_fit(path: Path | str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for key in sorted(expected.keys() | found.keys()):
+        shapes = [list(tensors[key].shape) if key in tensors else "nothing" for tensors in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{path} does not fit its own description: {key} should be {shapes[0]}, is {shapes[1]}")
+
+
+def _digest(spec: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(spec.encode())
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

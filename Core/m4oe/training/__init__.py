@@ -1,0 +1,1 @@
+"""Training: phantoms, batches, losses and the loop."""

@@ -1,0 +1,78 @@
+"""What a training run is: network, grid, data and stages, saved as JSON beside the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from ..spec import NetworkSpec
+
+STAGES = ("experts", "gate", "joint")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run.
+
+    Attributes:
+        name: "experts" routes every image to its modality's expert; "gate" trains the gate alone to tell modalities
+            apart; "joint" trains all together, weighed by the gate.
+        steps: Optimiser steps.
+        learning_rate: Highest learning rate, reached after the warm-up.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown stage."""
+        if self.name not in STAGES:
+            raise ValueError(f"stage {self.name!r} is unknown; expected one of {', '.join(STAGES)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run on phantoms.
+
+    Attributes:
+        pixel_mm: In-plane spacing of the canonical grid.
+        slice_mm: Its slice spacing; thicker slices stay as they are.
+        crop: Rows and columns of a training image.
+        phantoms: Training phantoms per modality.
+        unseen: Phantoms per modality that only the final score sees.
+        images: Training images per modality and step.
+    """
+
+    network: NetworkSpec = NetworkSpec(
+        experts=4, top_k=1, embed_dim=32, heads=(2, 4, 8, 16), window=5, mlp_ratio=3.0, drop_path=0.05
+    )
+    pixel_mm: float = 2.5
+    slice_mm: float = 3.0
+    crop: int = 160
+    phantoms: int = 60
+    unseen: int = 5
+    images: int = 4
+    stages: tuple[Stage, ...] = (
+        Stage("experts", 5000, 1e-3),
+        Stage("gate", 300, 1e-3),
+        Stage("joint", 600, 1e-4),
+    )
+    weight_decay: float = 0.02
+    seed: int = 0
+
+    def to_json(self) -> str:
+        """The configuration as indented JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+
+DEMO = TrainConfig()
+QUICK = TrainConfig(
+    network=NetworkSpec(experts=4, top_k=1, embed_dim=24, depths=(2, 2, 2), heads=(2, 4, 8), window=5, mlp_ratio=2.0),
+    pixel_mm=5.0,
+    slice_mm=5.0,
+    crop=80,
+    phantoms=8,
+    unseen=1,
+    stages=(Stage("experts", 350, 3e-3), Stage("gate", 60, 3e-3), Stage("joint", 40, 3e-4)),
+)

@@ -1,0 +1,546 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import nrrd
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from m4oe.files import atomic_write, find_inputs, read_volume, write_segmentation
+from m4oe.geometry import Grid, Volume
+from m4oe.labels import structure
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+ARRAY = np.arange(-12, 48, dtype=np.int16).reshape(3, 4, 5)
+STRUCTURES = {1: "liver", 2: "kidney_left", 3: "spleen", 16: "liver_tumor"}
+TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+SHEARED = (-1, 0.2, 0, -10, 0, -2, 0.3, -20, 0, 0, 3, 30)
+TRACE = r"itk|sitk|\.cxx|0x"
+
+
+def an_image(array: NDArray[Any] = ARRAY, turn: float = 25) -> sitk.Image:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.7, 0.9, 3.0, 1.0)[: image.GetDimension()])
+    if image.GetDimension() == 3:
+        image.SetDirection(Rotation.from_euler("xyz", [turn, -9, 200], degrees=True).as_matrix().ravel().tolist())
+        image.SetOrigin((33.3, -44.4, 555.5))
+    return image
+
+
+def saved(path: Path, image: sitk.Image | None = None) -> Path:
+    sitk.WriteImage(image or an_image(), str(path), useCompression=path.suffix in (".mha", ".nrrd"))
+    return path
+
+
+def patched(path: Path, offset: int, layout: str, *values: float) -> Path:
+    """Changes one field of a NIfTI header in place."""
+    data = bytearray(path.read_bytes())
+    struct.pack_into(layout, data, offset, *values)
+    path.write_bytes(data)
+    return path
+
+
+def a_nifti(folder: Path, srow: Iterable[float] = SHEARED, codes: tuple[int, int] = (0, 1)) -> Path:
+    path = patched(saved(folder / "a.nii", an_image()), 280, "<12f", *srow)
+    patched(path, 76, "<8f", 1, 1, 2, 3, 0, 0, 0, 0)
+    return patched(path, 252, "<2h", *codes)
+
+
+def affine_of(image: sitk.Image) -> NDArray[np.float64]:
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return TO_LPS @ affine
+
+
+def labels_of(values: Iterable[int]) -> Volume:
+    """An oblique label map with a few voxels of each value."""
+    array = np.zeros((6, 7, 8), np.uint8)
+    for n, value in enumerate(values):
+        array[n + 1, 1:4, 2 : 3 + n] = value
+    affine = affine_of(an_image())
+    return Volume(array, Grid(array.shape, affine))
+
+
+def a_series(
+    folder: Path,
+    positions: Iterable[tuple[float, float, float]],
+    uid: str = "1.2.3",
+    modality: str = "CT",
+    name: str = "",
+) -> Path:
+    """Writes one axial DICOM slice, filled with its number, at each position."""
+    folder.mkdir(exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, position in enumerate(positions):
+        slice_ = sitk.GetImageFromArray(np.full((1, 4, 5), number, np.int16))
+        slice_.SetSpacing((0.5, 0.5, 2.0))
+        tags = {"0008|0060": modality, "0020|000d": "1.2", "0020|000e": uid, "0008|0018": f"{uid}.{number}"}
+        tags |= {"0020|0032": "\\".join(map(str, position)), "0020|0037": "1\\0\\0\\0\\1\\0", "0008|103e": name}
+        for tag, value in (tags | {"0020|0013": str(number)}).items():
+            slice_.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid}.{number}.dcm"))
+        writer.Execute(slice_)
+    return folder
+
+
+# Reading
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"])
+def test_every_format_gives_array_and_affine(tmp_path: Path, suffix: str) -> None:
+    volume = read_volume(saved(tmp_path / f"case{suffix}"))
+    assert np.array_equal(volume.array, ARRAY) and volume.array.dtype == np.int16
+    np.testing.assert_allclose(volume.grid.affine, affine_of(an_image()), atol=1e-4)
+    assert (volume.name, volume.modality, volume.warnings) == ("case", None, ())
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "i8", "f4", "f8"])
+def test_nifti_keeps_the_voxel_type(tmp_path: Path, dtype: str) -> None:
+    array = np.abs(ARRAY).astype(dtype)
+    volume = read_volume(saved(tmp_path / "a.nii.gz", an_image(array)))
+    assert volume.array.dtype == dtype and np.array_equal(volume.array, array)
+    assert volume.array.flags.writeable
+
+
+def test_path_may_have_spaces_and_any_letters(tmp_path: Path) -> None:
+    folder = tmp_path / "Ü ñ 中"
+    folder.mkdir()
+    for name in ("Bild 1.nii.gz", "ø.mha", "中.nrrd"):
+        (folder / name).write_bytes(saved(tmp_path / f"a{''.join(Path(name).suffixes)}").read_bytes())
+        assert np.array_equal(read_volume(folder / name).array, ARRAY)
+
+
+def test_image_of_two_dimensions_becomes_a_slice(tmp_path: Path) -> None:
+    for suffix in (".nii.gz", ".nrrd", ".mha"):
+        volume = read_volume(saved(tmp_path / f"a{suffix}", an_image(ARRAY[0])))
+        assert np.array_equal(volume.array, ARRAY[:1])
+        assert volume.grid.spacing == pytest.approx((0.7, 0.9, 1.0))
+        assert volume.grid.axes == "LPS"
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_frame_of_a_4d_image_is_chosen(tmp_path: Path, suffix: str) -> None:
+    path = saved(tmp_path / f"a{suffix}", sitk.JoinSeries([an_image(), an_image(ARRAY + 1)]))
+    volume = read_volume(path, frame=1)
+    assert np.array_equal(volume.array, ARRAY + 1)
+    np.testing.assert_allclose(volume.grid.affine, affine_of(an_image()), atol=1e-4)
+    with pytest.raises(ValueError, match="2 frames, choose one from 0 to 1"):
+        read_volume(path)
+    with pytest.raises(ValueError, match="no frame 2, the last one is 1"):
+        read_volume(path, frame=2)
+
+
+def test_frame_of_a_3d_image_is_zero_or_none(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nrrd")
+    assert np.array_equal(read_volume(path, frame=0).array, ARRAY)
+    with pytest.raises(ValueError, match="no frame 1"):
+        read_volume(path, frame=1)
+
+
+def test_4d_image_of_one_frame_needs_no_choice(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nii", sitk.JoinSeries([an_image()]))
+    assert np.array_equal(read_volume(path).array, ARRAY)
+
+
+def test_nan_stays_nan(tmp_path: Path) -> None:
+    array = np.where(ARRAY < 0, np.nan, ARRAY).astype(np.float32)
+    volume = read_volume(saved(tmp_path / "a.nii.gz", an_image(array)))
+    assert np.array_equal(volume.array, array, equal_nan=True)
+
+
+def test_big_endian_nifti_is_read(tmp_path: Path) -> None:
+    path = a_nifti(tmp_path, (-1, 0, 0, 5, 0, -2, 0, 6, 0, 0, 3, 7))
+    data = bytearray(path.read_bytes())
+    fields = {0: "i", 40: "8h", 70: "2h", 76: "8f", 108: "f", 112: "2f", 252: "2h", 256: "18f"}
+    for offset, layout in fields.items():
+        struct.pack_into(f">{layout}", data, offset, *struct.unpack_from(f"<{layout}", data, offset))
+    data[352:] = ARRAY.astype(">i2").tobytes()
+    path.write_bytes(data)
+    volume = read_volume(path)
+    assert np.array_equal(volume.array, ARRAY) and volume.array.dtype.isnative
+    np.testing.assert_allclose(volume.grid.affine, affine_of(sitk.ReadImage(str(path))), atol=1e-6)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(2.5, -1024.0), (1.0, -1024.0), (0.0, 7.0), (float("nan"), 7.0)])
+def test_nifti_scaling_agrees_with_itk(tmp_path: Path, slope: float, intercept: float) -> None:
+    path = patched(saved(tmp_path / "a.nii"), 112, "<2f", slope, intercept)
+    expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    volume = read_volume(path)
+    np.testing.assert_allclose(volume.array, expected, rtol=1e-6)
+    assert volume.array.dtype == expected.dtype
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), codes=st.sampled_from([(0, 0), (1, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 4)]))
+def test_nifti_affine_is_the_one_that_itk_chooses(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, codes: tuple[int, int]
+) -> None:
+    turn = Rotation.random(random_state=seed).as_matrix() * (1, 1, 1 if seed % 2 else -1)
+    srow = np.column_stack([turn * (1, 2, 3), (5, 6, 7)])
+    path = a_nifti(tmp_path_factory.mktemp("nifti"), srow.ravel().tolist(), codes)
+    expected = affine_of(sitk.ReadImage(str(path)))
+    np.testing.assert_allclose(read_volume(path).grid.affine, expected, atol=2e-5)
+
+
+def test_sheared_nifti_is_read_by_the_nearest_rotation(tmp_path: Path) -> None:
+    path = a_nifti(tmp_path)
+    with pytest.raises(RuntimeError, match="orthonormal"):
+        sitk.ReadImage(str(path))
+    volume = read_volume(path)
+    columns = np.reshape(SHEARED, (3, 4))[:, :3] / np.linalg.norm(np.reshape(SHEARED, (3, 4))[:, :3], axis=0)
+    assert np.array_equal(volume.array, ARRAY)
+    assert volume.grid.spacing == pytest.approx(np.linalg.norm(np.reshape(SHEARED, (3, 4))[:, :3], axis=0))
+    np.testing.assert_allclose(volume.grid.direction.T @ volume.grid.direction, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(
+        volume.grid.direction,
+        Rotation.align_vectors(columns.T, np.eye(3))[0].as_matrix() @ np.diag([1, 1, 1]),
+        atol=0.2,
+    )
+    assert [warning for warning in volume.warnings if "nearest rotation" in warning]
+
+
+def test_sheared_nifti_with_a_qform_is_read_by_the_qform(tmp_path: Path) -> None:
+    path = a_nifti(tmp_path, codes=(1, 1))
+    volume = read_volume(path)
+    np.testing.assert_allclose(volume.grid.affine, affine_of(sitk.ReadImage(str(path))), atol=1e-5)
+    assert volume.warnings == ()
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
+def test_nifti_is_known_by_its_content_packed_or_not(tmp_path: Path, suffix: str) -> None:
+    data = saved(tmp_path / "plain.nii").read_bytes()
+    path = tmp_path / f"other{suffix}"
+    path.write_bytes(data if suffix == ".nii.gz" else gzip.compress(data))
+    assert np.array_equal(read_volume(path).array, ARRAY)
+
+
+# Bad files
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no file or folder .*nothing\.nii"):
+        read_volume(tmp_path / "nothing.nii")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".dcm"])
+@pytest.mark.parametrize("content", [b"", b"some text\n" * 100])
+def test_files_that_are_no_images_are_refused(
+    tmp_path: Path, suffix: str, content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^Cannot read .*text{suffix}: it is [^\n]*$") as caught:
+        read_volume(path)
+    assert "sitk" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
+def test_truncated_files_are_refused(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 1000, (9, 30, 30)).astype(np.int16)
+    path = saved(tmp_path / f"a{suffix}", an_image(noise))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"Cannot read .*: it is (damaged|incomplete)"):
+        read_volume(path)
+
+
+def test_damaged_compressed_file_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nii.gz")
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 255  # the checksum
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="do not unpack"):
+        read_volume(path)
+
+
+def test_unknown_kind_lists_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"a\.txt: its kind is unknown, expected DICOM or \.nii\.gz"):
+        read_volume(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha"])
+def test_zero_spacing_is_refused(tmp_path: Path, suffix: str) -> None:
+    image = sitk.GetImageFromArray(ARRAY)
+    image.SetSpacing((1, 2, 3))
+    sitk.WriteImage(image, str(tmp_path / f"a{suffix}"))
+    path = tmp_path / f"a{suffix}"
+    data = path.read_bytes().replace(b"(0,2,0)", b"(0,0,0)").replace(b"Spacing = 1 2 3", b"Spacing = 1 0 3")
+    path.write_bytes(data)
+    if suffix == ".nii":
+        patched(path, 80, "<3f", 1, 0, 3)
+    with pytest.raises(ValueError, match="1 x 0 x 3 mm, expected above zero"):
+        read_volume(path)
+
+
+def test_zero_column_in_the_sform_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected above zero"):
+        read_volume(a_nifti(tmp_path, (0, 0, 0, 5, 0, -2, 0, 6, 0, 0, 3, 7)))
+
+
+@pytest.mark.parametrize(
+    ("offset", "layout", "value", "message"),
+    [
+        (70, "<h", 128, "NIfTI type 128"),
+        (344, "<4s", b"ni1\0", "half of a .hdr/.img pair"),
+        (40, "<h", 9, "expected 2 to 4 dimensions"),
+        (42, "<h", 0, "expected 2 to 4 dimensions"),
+        (0, "<i", 540, "not a NIfTI-1 file"),
+    ],
+)
+def test_odd_nifti_headers_are_refused(tmp_path: Path, offset: int, layout: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_volume(patched(saved(tmp_path / "a.nii"), offset, layout, value))
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nii"])
+def test_colours_are_refused(tmp_path: Path, suffix: str) -> None:
+    image = sitk.GetImageFromArray(np.zeros((2, 3, 4, 3), np.uint8), isVector=True)
+    with pytest.raises(ValueError, match="Cannot read"):
+        read_volume(saved(tmp_path / f"a{suffix}", image))
+
+
+# DICOM
+
+
+def test_dicom_folder_is_sorted_by_position(tmp_path: Path) -> None:
+    folder = a_series(tmp_path / "scan", [(1, 2, z) for z in (4, 0, 2)], modality="MR")
+    volume = read_volume(folder)
+    assert volume.array[:, 0, 0].tolist() == [1, 2, 0]
+    assert (volume.name, volume.modality, volume.warnings) == ("scan", "MR", ())
+    np.testing.assert_allclose(
+        volume.grid.affine, TO_LPS @ [[0.5, 0, 0, 1], [0, 0.5, 0, 2], [0, 0, 2, 0], [0, 0, 0, 1]]
+    )
+
+
+def test_one_dicom_file_is_read_alone(tmp_path: Path) -> None:
+    file = find_first(a_series(tmp_path / "scan", [(0, 0, 0), (0, 0, 2)]))
+    volume = read_volume(file)
+    assert (volume.array.shape, volume.modality) == ((1, 4, 5), "CT")
+
+
+def find_first(folder: Path) -> Path:
+    return sorted(folder.iterdir())[0]
+
+
+def test_dicom_file_needs_no_suffix(tmp_path: Path) -> None:
+    file = find_first(a_series(tmp_path / "scan", [(0, 0, 0)]))
+    assert read_volume(file.rename(tmp_path / "IM0001")).modality == "CT"
+
+
+def test_longest_series_is_read_and_the_others_are_named(tmp_path: Path) -> None:
+    a_series(tmp_path / "scan", [(0, 0, 0)], uid="1.2.4", name="Localizer")
+    folder = a_series(tmp_path / "scan", [(0, 0, z) for z in range(3)], uid="1.2.3", name="Portal")
+    volume = read_volume(folder)
+    assert volume.array.shape[0] == 3
+    assert len(volume.warnings) == 1 and "'Portal' (3 slices)" in volume.warnings[0]
+    assert "'Localizer' (1)" in volume.warnings[0]
+
+
+def test_missing_slice_warns(tmp_path: Path) -> None:
+    folder = a_series(tmp_path / "scan", [(0, 0, z) for z in (0, 2, 4, 8, 10)])
+    assert "unevenly spaced (2.00 to 4.00 mm)" in read_volume(folder).warnings[0]
+
+
+def test_slices_at_one_place_are_refused(tmp_path: Path) -> None:
+    folder = a_series(tmp_path / "scan", [(0, 0, z) for z in (0, 0, 2, 2)])
+    with pytest.raises(ValueError, match="several slices lie at one place"):
+        read_volume(folder)
+
+
+def test_tilted_gantry_warns(tmp_path: Path) -> None:
+    volume = read_volume(a_series(tmp_path / "scan", [(0, z / 2, 2 * z) for z in range(4)]))
+    assert "not at right angles" in volume.warnings[0]
+    np.testing.assert_allclose(volume.grid.affine[:3, 2], (0, -0.5, 2))
+
+
+def test_folder_without_dicom_is_no_volume(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no DICOM"):
+        read_volume(tmp_path)
+
+
+# Finding
+
+
+def test_folders_expand_to_images_and_dicom_folders(tmp_path: Path) -> None:
+    saved(tmp_path / "b.nii.gz")
+    saved(tmp_path / "a.mha")
+    a_series(tmp_path / "c", [(0, 0, 0)])
+    for name in ("._b.nii.gz", "notes.txt", "b.seg.nrrd"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty").mkdir()
+    assert find_inputs([tmp_path]) == [tmp_path / "a.mha", tmp_path / "b.nii.gz", tmp_path / "c"]
+
+
+def test_dicom_folder_is_one_input(tmp_path: Path) -> None:
+    folder = a_series(tmp_path / "c", [(0, 0, 0), (0, 0, 1)])
+    for file in folder.iterdir():
+        file.rename(file.with_name(f"IM{file.stem[-1]}"))
+    assert find_inputs([str(folder)]) == [folder]
+
+
+def test_named_files_keep_their_order(tmp_path: Path) -> None:
+    files = [saved(tmp_path / "b.mha"), saved(tmp_path / "a.mha")]
+    assert find_inputs(files) == files
+
+
+def test_finding_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"No image found in {tmp_path}"):
+        find_inputs([tmp_path])
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+        find_inputs([tmp_path / "nothing"])
+
+
+# Writing
+
+
+@pytest.mark.parametrize("suffix", [".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha"])
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "SAL"])
+def test_written_labels_come_back_on_their_grid(tmp_path: Path, suffix: str, axes: str) -> None:
+    labels = labels_of([1, 2, 16]).to_axes(axes)
+    files = write_segmentation(tmp_path / "new" / f"a b{suffix}", labels, STRUCTURES, "model 1.0")
+    back = read_volume(files[0])
+    assert np.array_equal(back.array, labels.array) and back.array.dtype == np.uint8
+    np.testing.assert_allclose(back.grid.affine, labels.grid.affine, atol=1e-4 if ".nii" in suffix else 1e-9)
+    assert sorted((tmp_path / "new").iterdir()) == sorted(files)
+
+
+def test_colour_table_lies_beside_a_label_map(tmp_path: Path) -> None:
+    files = write_segmentation(tmp_path / "a.v1.nii.gz", labels_of([2, 16]), STRUCTURES, "model 1.0")
+    assert files == [tmp_path / "a.v1.nii.gz", tmp_path / "a.v1.csv"]
+    kidney, tumor = csv.DictReader(files[1].read_text().splitlines())
+    assert [kidney[f"Color_{part}"] for part in "RGBA"] == ["185", "102", "83", "255"]
+    assert (kidney["LabelValue"], kidney["Name"]) == ("2", "Left kidney")
+    assert (kidney["Type_CodeValue"], kidney["TypeModifier_CodeMeaning"]) == ("64033007", "Left")
+    assert (tumor["Type_CodeMeaning"], tumor["Region_CodeValue"]) == ("Neoplasm", "10200004")
+
+
+def test_only_present_structures_become_segments(tmp_path: Path) -> None:
+    path = tmp_path / "a.seg.nrrd"
+    write_segmentation(path, labels_of([3, 16]), STRUCTURES, "model | Ü 1.0")
+    header = nrrd.read_header(str(path))
+    assert [header[f"Segment{n}_ID"] for n in (0, 1)] == ["spleen", "liver_tumor"]
+    assert "Segment2_ID" not in header
+    assert header["Segment1_LabelValue"] == "16"
+    assert header["Segment0_Tags"].split("|")[1:3] == [
+        "DICOM.SegmentAlgorithmType:AUTOMATIC",
+        "DICOM.SegmentAlgorithmName:model / ? 1.0",
+    ]
+
+
+def test_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.tif: expected a name that ends in \.seg\.nrrd"):
+        write_segmentation(tmp_path / "a.tif", labels_of([1]), STRUCTURES, "model")
+
+
+def test_labels_must_be_uint8(tmp_path: Path) -> None:
+    labels = labels_of([1])
+    with pytest.raises(ValueError, match="must be uint8, got int16"):
+        write_segmentation(tmp_path / "a.mha", Volume(labels.array.astype(np.int16), labels.grid), STRUCTURES, "m")
+
+
+def test_value_without_structure_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\[7\] have no structure, expected some of \[1, 2, 3, 16\]"):
+        write_segmentation(tmp_path / "a.mha", labels_of([1, 7]), STRUCTURES, "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    for failure in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(failure), atomic_write(path) as temporary:  # noqa: PT012
+            temporary.write_text("half")
+            raise failure
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_replaces_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.seg.nrrd"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        assert temporary.parent == tmp_path and temporary.name.endswith(".seg.nrrd")
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(OSError, match=r"Cannot write into the folder .*file: "),
+        atomic_write(tmp_path / "file" / "a.mha"),
+    ):
+        pass
+    with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_write(tmp_path):
+        pass
+
+
+def test_slicer_reads_names_colours_codes_and_place(tmp_path: Path) -> None:
+    slicer, vtk = pytest.importorskip("slicer"), pytest.importorskip("vtk")
+    labels = labels_of([1, 2, 16])
+    (path,) = write_segmentation(tmp_path / "a.seg.nrrd", labels, STRUCTURES, "model 1.0")
+    scene, storage = slicer.vtkMRMLScene(), slicer.vtkMRMLSegmentationStorageNode()
+    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    storage.SetFileName(str(path))
+    assert storage.ReadData(node)
+    segmentation = node.GetSegmentation()
+    assert list(segmentation.GetSegmentIDs()) == ["liver", "kidney_left", "liver_tumor"]
+    assert segmentation.GetNumberOfLayers() == 1
+    for value in (1, 2, 16):
+        entry = structure(STRUCTURES[value])
+        segment, text, matrix = segmentation.GetSegment(entry.key), vtk.mutable(""), vtk.vtkMatrix4x4()
+        assert segment.GetTag("TerminologyEntry", text) and text.get() == entry.terminology
+        assert segment.GetTag("DICOM.SegmentAlgorithmName", text) and text.get() == "model 1.0"
+        assert (segment.GetName(), segment.GetLabelValue()) == (entry.name, value)
+        assert tuple(round(part * 255) for part in segment.GetColor()) == entry.color
+        image = segment.GetRepresentation("Binary labelmap")
+        image.GetImageToWorldMatrix(matrix)
+        affine = [[matrix.GetElement(row, column) for column in range(4)] for row in range(4)]
+        np.testing.assert_allclose(affine, labels.grid.affine, atol=1e-9)
+        assert image.GetDimensions() == labels.grid.shape[::-1]
+
+
+# Real files
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "dtype", "modality"),
+    [
+        ("ct/crlm_1004_dicom", "LPS", "i4", "CT"),
+        ("mr/cmb_06489_adc_dicom", "LPS", "i2", "MR"),
+        ("mr_nc/chaos_t2_39.nii.gz", "LAS", "f8", None),
+        ("odd/ct_orient_asl.nrrd", "ASL", "i2", None),
+        ("odd/ct_uint16_plus1024.mha", "RAS", "u2", None),
+        ("odd/ct_oblique.nii.gz", "RAS", "i2", None),
+        ("odd/ct_2d.nii.gz", "RAS", "i2", None),
+        ("odd/ct_float64.nii.gz", "RAS", "f8", None),
+        ("negative_nc/head_mr_pd.nii.gz", "RAS", "u1", None),
+    ],
+)
+def test_real_volumes_are_read(shared_data: Path, name: str, axes: str, dtype: str, modality: str | None) -> None:
+    volume = read_volume(shared_data / name)
+    assert (volume.grid.axes, volume.array.dtype, volume.modality) == (axes, np.dtype(dtype), modality)
+    assert volume.warnings == () and np.ptp(volume.array) > 50
+
+
+def test_real_volume_in_another_axis_order_is_the_same_image(shared_data: Path) -> None:
+    straight = read_volume(shared_data / "ct" / "ts_ct_3mm_small.nii.gz").to_axes("LPS")
+    turned = read_volume(shared_data / "odd" / "ct_orient_asl.nrrd").to_axes("LPS")
+    assert np.array_equal(straight.array, turned.array) and straight.grid.is_close(turned.grid)
+
+
+def test_real_4d_image_needs_a_frame(shared_data: Path) -> None:
+    path = shared_data / "negative" / "brain_mr_4d_oblique.nii.gz"
+    assert read_volume(path, frame=1).array.shape == (24, 96, 128)
+    with pytest.raises(ValueError, match="it has 2 frames"):
+        read_volume(path)
