@@ -106,13 +106,16 @@ def write_segmentation(
         The files written.
 
     Raises:
-        ValueError: The suffix is unknown, or the array is not uint8 or holds a value without structure.
+        ValueError: The suffix is unknown, the array is not uint8 or holds a value without structure, or the axes
+            are not at right angles and the format is NIfTI.
         OSError: The file cannot be written.
     """
     path = Path(path)
     suffix = _suffix(path, _SEGMENTATIONS)
     if not suffix:
         raise ValueError(f"Cannot write {path}: expected a name that ends in {' '.join(_SEGMENTATIONS)}.")
+    if suffix in _NIFTI and _cosine(labels.grid.direction) > _SHEAR:
+        raise ValueError(f"Cannot write {path}: NIfTI needs axes at right angles, choose .seg.nrrd or .nrrd.")
     present = _present(labels, structures)
     if suffix == ".seg.nrrd":
         with atomic_write(path) as temporary:
@@ -230,8 +233,15 @@ def _read_series(folder: Path) -> Volume:
     if others := ", ".join(f"{_series_name(names[0])} ({len(names)})" for names in series[1:]):
         chosen = f"{_series_name(series[0][0])} ({len(series[0])} slices)"
         volume = _warned(volume, f"Only the longest series {chosen} was read, not {others}.")
-    positions = [reader.GetMetaData(index, "0020|0032").split("\\") for index in range(len(series[0]))]
-    return _check_gaps(volume, np.array(positions, dtype=np.float64))
+    return _placed(volume, _positions(reader, len(series[0]))) if len(series[0]) > 1 else volume
+
+
+def _positions(reader: sitk.ImageSeriesReader, slices: int) -> NDArray[np.float64]:
+    """LPS mm [slice, xyz]."""
+    if not all(reader.HasMetaDataKey(index, "0020|0032") for index in range(slices)):
+        raise ValueError("its slices have no position (tag 0020,0032), expected CT or MR slices.")
+    texts = [reader.GetMetaData(index, "0020|0032") for index in range(slices)]
+    return np.array([text.split("\\") for text in texts], dtype=np.float64)
 
 
 def _from_itk(image: sitk.Image, modality: str) -> Volume:
@@ -265,15 +275,17 @@ def _series_name(file: str) -> str:
     return repr(_tag(reader, "0008|103e") or _tag(reader, "0020|000e"))
 
 
-def _check_gaps(volume: Volume, positions: NDArray[np.float64]) -> Volume:
-    """Warns of missing slices; `positions` are LPS mm [slice, xyz]."""
-    normal = np.cross(*(_LPS[:3, :3] @ volume.grid.direction).T[:2])
-    gaps = np.abs(np.diff(positions @ normal))
-    if len(gaps) and gaps.min() < _UNEVEN * volume.grid.spacing[2]:
+def _placed(volume: Volume, positions: NDArray[np.float64]) -> Volume:
+    """Takes the step between slices from their positions (LPS mm [slice, xyz]), for ITK does not see a tilt."""
+    affine = np.array(volume.grid.affine)
+    affine[:3, 2] = _LPS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
+    gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    if gaps.min() < _UNEVEN * gaps.max():
         raise ValueError("several slices lie at one place, expected a series of one phase, echo or time.")
-    if len(gaps) and np.ptp(gaps) > _UNEVEN * np.median(gaps):
+    volume = replace(volume, grid=Grid(volume.grid.shape, affine))
+    if np.ptp(gaps) > _UNEVEN * np.median(gaps):
         gap = f"{gaps.min():.2f} to {gaps.max():.2f} mm"
-        return _warned(volume, f"The slices are unevenly spaced ({gap}), some may be missing.")
+        volume = _warned(volume, f"The slices are unevenly spaced ({gap}), some may be missing.")
     return volume
 
 

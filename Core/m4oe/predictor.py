@@ -92,6 +92,8 @@ class Predictor:
             raise ValueError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
         self.device = find_device(device)
         self.network, self.spec = load_model(find_model(model), self.device)
+        for key in self.spec.structures:
+            structure(key)  # cleanup and warnings need it: better refused now than after the work
         self.precision = precision
 
     @torch.inference_mode()
@@ -317,6 +319,7 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str]) -> list[str]:
         may_be_small = key in cut or found.volume_depends_on_fov
         if volumes_ml[key] > high or (volumes_ml[key] < low and not may_be_small):
             warnings.append(
-                f"{found.name} has {volumes_ml[key]:.1f} mL, outside the {low:g} to {high:g} mL seen in patients: check it"
+                f"{found.name} has {volumes_ml[key]:.1f} mL, "
+                f"outside the {low:g} to {high:g} mL seen in patients: check it"
             )
     return warnings

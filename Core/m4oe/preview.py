@@ -32,13 +32,14 @@ _PAGE, _RULE, _TEXT, _MUTED = (0.043, 0.051, 0.067), (0.15, 0.17, 0.21), (0.93, 
 _LETTER = (0.98, 0.82, 0.42)
 _SKY, _GROUND = (0.125, 0.15, 0.19), (0.03, 0.036, 0.048)  # behind the surfaces
 _CT_WINDOW, _AIR = (-160.0, 240.0), -200  # HU
+_ROWS = 40  # of the legend
 _FILL, _OUTLINE = 0.42, 2.0  # opacity; pixels
 _LONGEST = 160  # voxels along the longest side of what surfaces are made from
 _THICK = 1.6  # times as long as wide: voxels between which shapes are interpolated
 _PAD = 3  # voxels around a structure, so that smoothing does not cut it
 _CLOSEST = 80  # mm across the surface panel at least
 _SAMPLES = 2  # per pixel and axis of the surfaces, for smooth edges
-_GLASS = 0.4  # opacity of a structure that holds another one
+_GLASS = 0.5  # opacity of a structure that holds another one
 _TILT = np.deg2rad(14)  # of the viewer above the front
 # LPS to right of the picture, down, towards the viewer
 _VIEW = np.array([[1, 0, 0], [0, -np.sin(_TILT), -np.cos(_TILT)], [0, -np.cos(_TILT), np.sin(_TILT)]])
@@ -105,7 +106,7 @@ def write_preview(
     _draw_header(picture, volume, title)
     _draw_legend(picture, [(item, counts[value] * labels.grid.voxel_ml) for value, item in found.items()])
     axial, surfaces, coronal, sagittal = _panels(picture)
-    sample = _sample(labels)
+    sample = _sample(labels, found)
     window = _window(volume)
     for plane, panel in zip(_PLANES, (axial, coronal, sagittal), strict=True):
         _draw_slice(panel, plane, _best_slice(sample, plane.axis, found), volume, labels, found, window)
@@ -137,12 +138,12 @@ def _counts(array: NDArray[Any], size: int) -> NDArray[np.int64]:
     return counts
 
 
-def _sample(labels: Volume) -> _Sample:
+def _sample(labels: Volume, structures: Mapping[int, Structure]) -> _Sample:
     array, spacing = labels.array, np.array(labels.grid.spacing[::-1])
+    if not structures:
+        center = tuple(size // 2 for size in array.shape)
+        return _Sample(np.zeros((1, 1, 1), np.intp), center, (1, 1, 1), spacing)
     seen = [np.flatnonzero(array.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    if not seen[0].size:
-        center = [size // 2 for size in array.shape]
-        return _Sample(np.zeros((1, 1, 1), np.intp), tuple(center), (1, 1, 1), spacing)
     start = [int(index[0]) for index in seen]
     stop = [int(index[-1]) + 1 for index in seen]
     longest = max((np.array(stop) - start) * spacing)
@@ -171,15 +172,14 @@ def _field(mask: NDArray[np.bool_], spacing: Floats) -> Floats:
     if spacing[thick] < _THICK * np.delete(spacing, thick).max():
         return ndimage.gaussian_filter(mask.astype(np.float32), 0.5) - np.float32(0.5)
     width = np.delete(spacing, thick)
-    reach = 3 * spacing[thick] / width.min()
-    field = np.full(mask.shape, -reach, np.float32)
-    for layer, distance in zip(np.moveaxis(mask, thick, 0), np.moveaxis(field, thick, 0), strict=True):
-        if layer.any():
-            framed = np.pad(layer, 1)  # so that there is an outside
-            inner, outer = (ndimage.distance_transform_edt(side, width) for side in (framed, ~framed))
-            far = (inner - outer)[(slice(1, -1),) * layer.ndim]
-            distance[:] = (far / (2 * width.min())).clip(-reach, reach)
-    return field
+    layers = np.moveaxis(mask, thick, 0)
+    field = np.zeros(layers.shape, np.float32)
+    for n in np.flatnonzero(layers.any(axis=tuple(range(1, mask.ndim)))):
+        framed = np.pad(layers[n], 1)  # so that there is an outside
+        inner, outer = (np.asarray(ndimage.distance_transform_edt(side, width)) for side in (framed, ~framed))
+        field[n] = (inner - outer)[(slice(1, -1),) * (mask.ndim - 1)] / (2 * width.min())
+    field[field == 0] = -field.max()  # layers without the structure: the edge is half way to them
+    return np.moveaxis(field, 0, thick)
 
 
 # ---- slices
@@ -226,8 +226,8 @@ def _draw_slice(
 
 def _resize(image: Floats, shape: Sequence[int], order: int) -> Floats:
     ratio = np.array(shape) / image.shape
-    image = ndimage.gaussian_filter(image, np.maximum(0, (1 / ratio - 1) / 2))
-    return ndimage.zoom(image, ratio, order=order, mode="nearest", grid_mode=True)
+    image = ndimage.gaussian_filter(image, np.maximum(0, (1 / ratio - 1) / 2))  # what is made smaller
+    return np.asarray(ndimage.zoom(image, ratio, order=order, mode="nearest", grid_mode=True))
 
 
 def _paint(image: Floats, field: Floats, color: tuple[int, int, int]) -> None:
@@ -243,9 +243,7 @@ def _paint(image: Floats, field: Floats, color: tuple[int, int, int]) -> None:
 
 def _draw_surfaces(panel: Floats, sample: _Sample, structures: Mapping[int, Structure]) -> None:
     panel[:] = np.linspace(_SKY, _GROUND, len(panel))[:, None]
-    facets = {
-        value: _facets(sample, value, item) for value, item in structures.items() if value in sample.array
-    }
+    facets = {value: _facets(sample, value, item) for value, item in structures.items() if value in sample.array}
     if facets:
         canvas = panel.repeat(_SAMPLES, axis=0).repeat(_SAMPLES, axis=1)
         facets = dict(zip(facets, _fit(list(facets.values()), *canvas.shape[:2]), strict=True))
@@ -267,11 +265,12 @@ def _facets(sample: _Sample, value: int, item: Structure) -> _Facets:
     mask = np.pad(sample.array[box] == value, _PAD)
     voxel = max(sample.spacing.min(), max(sample.spacing * sample.array.shape) / _LONGEST)
     field = _field(mask, sample.spacing)
-    field = ndimage.zoom(field, sample.spacing / voxel, order=1, mode="nearest", grid_mode=True)
+    field = _resize(field, np.rint(mask.shape * np.maximum(1, sample.spacing / voxel)).astype(int), order=1)
     ratio = np.array(field.shape) / mask.shape
-    field = ndimage.gaussian_filter((field + 0.5).clip(0, 1), max(1, 0.5 * ratio.max()))
+    field = ndimage.gaussian_filter((field + 0.5).clip(0, 1), np.clip(0.5 * ratio.max(), 1, 2), mode="constant")
     inside = round(float(mask.sum() * ratio.prod()))
-    level = np.partition(field, -inside, axis=None)[-inside].clip(0.1, 0.5)
+    border = [-inside - 1, -inside]
+    level = np.partition(field, border, axis=None)[border].mean().clip(0.2 * field.max(), 0.5 * field.max())
     corner = np.array([part.start for part in box]) - _PAD + 0.5 / ratio - 0.5
     points, normals, triangles = _contour(field, level, sample.spacing / ratio, sample.spacing * corner)
     colors = np.full((len(triangles), 3), np.array(item.color) / 255)
@@ -290,9 +289,11 @@ def _contour(field: Floats, level: float, spacing: Floats, origin: Floats) -> tu
     edges.SetValue(0, level)
     edges.Update()
     surface = edges.GetOutput()
-    arrays = surface.GetPoints().GetData(), surface.GetPointData().GetNormals()
-    triangles = vtk_to_numpy(surface.GetPolys().GetConnectivityArray()).reshape(-1, 3)
-    return *(vtk_to_numpy(array) for array in arrays), triangles
+    return (
+        vtk_to_numpy(surface.GetPoints().GetData()),
+        vtk_to_numpy(surface.GetPointData().GetNormals()),
+        vtk_to_numpy(surface.GetPolys().GetConnectivityArray()).reshape(-1, 3),
+    )
 
 
 def _fit(parts: list[_Facets], height: int, width: int) -> list[_Facets]:
@@ -393,9 +394,12 @@ def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]]) -> None:
     _text(picture, _TOP + 14, left, "Structure", 16, _MUTED)
     _text(picture, _TOP + 14, right, "Volume", 16, _MUTED, align="right")
     picture[_TOP + 36, left:right] = _RULE
-    pitch = min(38, (_HEIGHT - _MARGIN - _TOP - 48) / max(1, len(rows)))
+    shown = rows if len(rows) <= _ROWS else rows[: _ROWS - 1]
+    pitch = min(38, (_HEIGHT - _MARGIN - _TOP - 48) / (len(shown) + 1))
     size = min(19, int(pitch * 0.7))
-    for n, (item, volume_ml) in enumerate(rows):
+    if len(rows) > len(shown):
+        _text(picture, _HEIGHT - _MARGIN - 10, left, f"and {len(rows) - len(shown)} more", size, _MUTED)
+    for n, (item, volume_ml) in enumerate(shown):
         row = round(_TOP + 48 + pitch * (n + 0.5))
         _dot(picture, row, left + 8, min(8, 0.36 * pitch), item.color)
         amount = f"{volume_ml:,.0f} mL" if volume_ml >= 10 else f"{volume_ml:.1f} mL"
@@ -405,7 +409,7 @@ def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]]) -> None:
 
 def _annotate(panel: Floats, name: str, letters: str) -> None:
     height, width = panel.shape[:2]
-    left, right, top, bottom = letters
+    left, right, top, bottom = tuple(letters)
     _text(panel, 24, 16, name, 18, bold=True)
     _text(panel, height // 2, 16, left, 18, _LETTER, bold=True)
     _text(panel, height // 2, width - 16, right, 18, _LETTER, "right", bold=True)

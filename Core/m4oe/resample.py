@@ -218,7 +218,7 @@ def _bilinear(scores_ZHWK: Tensor, z: Tensor, top: Tensor, left: Tensor, down_P1
 
 
 def _count(voxels: float) -> int:
-    """Rounds half up with some slack: an oblique affine's spacing has rounding errors, the grid must not follow them."""
+    """Rounds half up with some slack, as the spacing of an oblique affine has rounding errors."""
     return max(1, int(voxels + 0.5 + 1e-4))
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.network.moe import ChannelGateFeedForward, MoEFeedForward, Router, Routing, TokenMoEFeedForward, keep_top_k
+from m4oe.network.moe import (
+    ChannelGateFeedForward,
+    Expert,
+    MoEFeedForward,
+    Router,
+    Routing,
+    TokenMoEFeedForward,
+    keep_top_k,
+)
 from m4oe.network.swin import (
     MASKED,
     DropPath,
@@ -83,6 +91,11 @@ def parameters_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def gradients(network: MoESwinUNet, expert: int) -> list[Tensor]:
+    """Gradients of the expert's parameters that have one."""
+    return [parameter.grad for parameter in network.expert_parameters(expert) if parameter.grad is not None]
+
+
 # --- windows and attention
 
 
@@ -101,7 +114,8 @@ def test_window_reverse_undoes_window_partition(window: int, rows: int, columns:
 def test_the_attention_mask_separates_what_the_unrolled_windows_separate(
     height: int, width: int, window: int, down: int, right: int
 ) -> None:
-    size, shift = (height, width), (min(down, window - 1), min(right, window - 1))
+    size = (height, width)
+    shift = (min(down, window - 1) * (height > window), min(right, window - 1) * (width > window))
     padded = [-(-length // window) * window for length in size]
     rows, columns = torch.meshgrid(*map(torch.arange, padded), indexing="ij")
     coordinates = torch.stack([rows, columns], -1).roll((-shift[0], -shift[1]), (0, 1))
@@ -163,7 +177,7 @@ def test_unfold_pixels_moves_channels_into_space() -> None:
 def test_drop_path_drops_whole_images_in_training_only_and_keeps_the_mean() -> None:
     layer, x = DropPath(0.25), torch.ones(4000, 2, 2)
     kept = layer(x)
-    assert set(kept.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
     assert torch.equal(kept.amin((1, 2)), kept.amax((1, 2)))
     assert kept.mean().item() == pytest.approx(1, abs=0.05)
     assert layer.eval()(x) is x
@@ -173,7 +187,7 @@ def test_drop_path_drops_whole_images_in_training_only_and_keeps_the_mean() -> N
 
 
 @pytest.fixture
-def timm_swin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+def timm_swin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     for name in TORCHVISION:
         monkeypatch.setitem(sys.modules, name, MagicMock())
     return pytest.importorskip("timm.models.swin_transformer").SwinTransformer
@@ -187,13 +201,13 @@ def our_key(timm_key: str) -> str:
     return f"bottleneck_{names}" if names.startswith("norm.") else names
 
 
-@pytest.mark.parametrize("size", [(224, 224), (112, 448)])
-def test_the_encoder_equals_timms_swin_t(timm_swin: Callable[..., nn.Module], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(224, 224), (224, 448)])
+def test_the_encoder_equals_timms_swin_t(timm_swin: Callable[..., Any], size: tuple[int, int]) -> None:
     """At sizes that 7 * 32 does not divide timm lets opposite borders attend to each other (its issue 2438)."""
     depths = (2, 2, 6, 2)
     theirs = timm_swin(img_size=size, window_size=7, depths=depths, num_classes=0).eval().requires_grad_(False)
     for parameter in theirs.parameters():
-        parameter += 0.05 * torch.randn_like(parameter)
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
     ours = MoESwinUNet(NetworkSpec(depths=depths), 2).eval().requires_grad_(False)
     weights = {our_key(key): value for key, value in theirs.state_dict().items()}
     missing, unexpected = ours.load_state_dict(weights, strict=False)
@@ -204,8 +218,9 @@ def test_the_encoder_equals_timms_swin_t(timm_swin: Callable[..., nn.Module], si
         layer.register_forward_hook(lambda _layer, _inputs, output: found.append(output))
     x = torch.rand(1, 3, *size)
     ours(x)
-    last, expected = theirs.forward_intermediates(x, output_fmt="NHWC")
-    for feature, reference in zip(found, [*expected, last], strict=True):
+    last, expected = theirs.forward_intermediates(x)
+    expected = [*(feature.permute(0, 2, 3, 1) for feature in expected), last]
+    for feature, reference in zip(found, expected, strict=True):
         assert_close(feature, reference, atol=1e-4, rtol=1e-5)
 
 
@@ -213,7 +228,7 @@ def test_the_encoder_equals_timms_swin_t(timm_swin: Callable[..., nn.Module], si
 
 
 def gflop(network: nn.Module) -> float:
-    """Per slice of 224 x 224; the fused attention on CPU is counted as if it were for a GPU, so it is taken apart."""
+    """Per slice of 224 x 224; the counter does not see the fused attention of the CPU, so it is taken apart."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(torch.rand(1, 3, 224, 224))
     return counter.get_total_flops() / 1e9
@@ -262,13 +277,11 @@ def test_autocast_to_bfloat16_stays_close_and_keeps_the_gate_in_float32(spec: Ne
     assert_close(scores.float(), network(images), atol=0.02, rtol=0.05)
 
 
-@pytest.mark.parametrize("spec", [SMALL, IMAGE, TOKEN, CHANNEL])
-def test_a_network_can_be_trained_after_it_has_predicted(spec: NetworkSpec) -> None:
-    attention_mask.cache_clear()
-    network = MoESwinUNet(spec, 4)
+def test_a_network_can_be_trained_after_it_has_predicted() -> None:
+    network = MoESwinUNet(replace(IMAGE, window=5), 4)  # no other test has cached anything for this window
     with torch.inference_mode():
-        network(an_image(height=11))
-    network(an_image(height=11)).sum().backward()
+        network(an_image())
+    network(an_image()).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
@@ -278,23 +291,25 @@ def test_a_network_can_be_trained_after_it_has_predicted(spec: NetworkSpec) -> N
 @given(st.lists(st.floats(0.01, 1), min_size=4, max_size=4, unique=True), st.integers(0, 4))
 def test_top_k_keeps_the_k_largest_weights_in_proportion(values: list[float], top_k: int) -> None:
     weights = torch.tensor([values], dtype=torch.float64)
+    weights /= weights.sum()
     kept = keep_top_k(weights, top_k)
     chosen = sorted(range(4), key=values.__getitem__)[-top_k:]
     expected = torch.tensor([[values[index] if index in chosen else 0 for index in range(4)]]).double()
-    assert_close(kept, weights if top_k == 0 else expected / expected.sum())
+    assert_close(kept, expected / expected.sum())
 
 
 def test_the_router_weighs_experts_by_the_mean_and_spread_of_the_features() -> None:
     router, features = lively(Router(4, 3)), torch.randn(2, 5, 6, 4)
     pooled = torch.cat([features.mean((1, 2)), features.flatten(1, 2).std(1, correction=0)], 1)
-    assert_close(router(features), router.score(F.layer_norm(pooled, (8,))))
+    assert_close(router(features), router.score(router.norm(pooled)))
     assert_close(router(features).softmax(-1).sum(-1), torch.ones(2))
 
 
 def recorded_weights(network: MoESwinUNet, x: Tensor, **forced: Tensor) -> Tensor:
     """Expert weights [B, E] that the first routed block was given."""
     seen: list[Tensor] = []
-    hook = network.encoder[1][0].ffn.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[1].weights_BE))
+    ffn = next(module for module in network.encoder[1].modules() if isinstance(module, MoEFeedForward))
+    hook = ffn.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[1].weights_BE))
     network(x, **forced)
     hook.remove()
     return seen[0]
@@ -344,6 +359,14 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(top_k: int) -> None:
     assert_close(ffn(x, None), torch.einsum("bhwe,ebhwc->bhwc", weights, said))
 
 
+def test_the_token_gate_decides_in_float32_under_autocast() -> None:
+    ffn, logits = TokenMoEFeedForward(4, 8, 3, 1), []
+    ffn.gate.register_forward_hook(lambda _layer, _inputs, output: logits.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        ffn(torch.randn(1, 2, 2, 4, dtype=torch.bfloat16), None)
+    assert logits[0].dtype == torch.float32
+
+
 # --- upcycling
 
 
@@ -357,7 +380,7 @@ def test_upcycled_experts_reproduce_the_dense_network(spec: NetworkSpec) -> None
 def test_upcycled_experts_learn_different_things(spec: NetworkSpec) -> None:
     network = upcycle(a_network(SMALL), spec)
     network(an_image(3)).square().sum().backward()
-    first, second, third = (network.expert_parameters(index)[0].grad for index in range(3))
+    first, second, third = (gradients(network, index)[0] for index in range(3))
     assert not torch.allclose(first, second)
     assert not torch.allclose(second, third)
 
@@ -365,8 +388,8 @@ def test_upcycled_experts_learn_different_things(spec: NetworkSpec) -> None:
 def test_an_expert_that_an_image_does_not_use_learns_nothing_from_it() -> None:
     network = MoESwinUNet(IMAGE, 4)
     network(an_image(), one_hot(1)).square().sum().backward()
-    assert all(parameter.grad is None for index in (0, 2) for parameter in network.expert_parameters(index))
-    assert all(parameter.grad.any() for parameter in network.expert_parameters(1))
+    assert gradients(network, 0) == gradients(network, 2) == []
+    assert len(gradients(network, 1)) == 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -448,15 +471,13 @@ def test_experts_that_cannot_be_selected_are_refused(
 
 def test_the_channel_gate_is_one_wide_layer_times_channel_weights() -> None:
     ffn, x = lively(ChannelGateFeedForward(4, 8, 3)), torch.randn(2, 3, 2, 4)
-    hidden = F.linear(
-        x, torch.cat([expert.fc1.weight for expert in ffn.experts]), torch.cat([e.fc1.bias for e in ffn.experts])
-    )
-    wide = F.linear(
-        F.gelu(hidden),
-        torch.cat([expert.fc2.weight for expert in ffn.experts], 1),
-        sum(expert.fc2.bias for expert in ffn.experts),
-    )
-    assert_close(ffn(x, None), wide * ffn.gate(x).softmax(-1))
+    parts = [expert.state_dict() for expert in ffn.experts]
+    weights = {key: torch.cat([part[key] for part in parts]) for key in ("fc1.weight", "fc1.bias")}
+    weights["fc2.weight"] = torch.cat([part["fc2.weight"] for part in parts], 1)
+    weights["fc2.bias"] = torch.stack([part["fc2.bias"] for part in parts]).sum(0)
+    wide = Expert(4, 3 * 8)
+    wide.load_state_dict(weights)
+    assert_close(ffn(x, None), wide(x) * ffn.gate(x).softmax(-1))
 
 
 def test_equal_experts_under_the_channel_gate_never_part() -> None:
@@ -465,6 +486,7 @@ def test_equal_experts_under_the_channel_gate_never_part() -> None:
         for parameter in parameters[1:]:
             parameter.data.copy_(parameters[0])
     network(an_image(3)).square().sum().backward()
-    for index in (1, 2):
-        pairs = zip(network.expert_parameters(0), network.expert_parameters(index), strict=True)
-        assert all(torch.equal(first.grad, other.grad) for first, other in pairs)
+    first, second, third = (gradients(network, index) for index in range(3))
+    assert len(first) == 10 * 4
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first, third))

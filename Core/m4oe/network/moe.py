@@ -113,7 +113,8 @@ class TokenMoEFeedForward(MoEFeedForward):
 
     def forward(self, x_BHWC: Tensor, routing: Routing | None) -> Tensor:
         """Adds up weight times expert per token; `routing` is not used."""
-        weights_NE = keep_top_k(self.gate(x_BHWC).float().softmax(-1), self.top_k).flatten(0, 2)
+        with torch.autocast(x_BHWC.device.type, enabled=False):
+            weights_NE = keep_top_k(self.gate(x_BHWC.float()).softmax(-1), self.top_k).flatten(0, 2)
         x_NC = x_BHWC.flatten(0, 2)
         out_NC: Tensor | None = None
         for expert, weights_N in zip(self.experts, weights_NE.unbind(1), strict=True):

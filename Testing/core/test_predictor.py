@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from m4oe import predictor as module
+from m4oe.cleanup import remove_islands
+from m4oe.geometry import Grid, Volume
+from m4oe.labels import catalogue, structure
+from m4oe.network.unet import MoESwinUNet
+from m4oe.package import save_model
+from m4oe.predictor import Cancelled, Predictor, bfloat16_is_faster, find_device
+from m4oe.resample import CanonicalVolume
+from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
+from torch.overrides import TorchFunctionMode
+
+ALL_AXES = ["".join(letters) for pairs in permutations(("RL", "AP", "SI")) for letters in product(*pairs)]
+NETWORK = NetworkSpec(experts=3, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, top_k=1)
+SPEC = ModelSpec(
+    name="tiny",
+    version="1",
+    network=NETWORK,
+    structures=("liver", "spleen", "kidney_left", "liver_tumor"),
+    experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr_t1", "MR"), ExpertSpec("mr_t2", "MR")),
+    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
+    pixel_mm=2.0,
+    slice_mm=3.0,
+)
+CT_ONLY = replace(SPEC, network=replace(NETWORK, experts=1, top_k=0), experts=SPEC.experts[:1])
+
+
+def a_network(spec: ModelSpec, seed: int = 0) -> MoESwinUNet:
+    """Weights large enough that the labels differ from place to place and the experts from each other."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = MoESwinUNet(spec.network, len(spec.structures) + 1)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return network
+
+
+def a_predictor(
+    folder: Path, spec: ModelSpec = SPEC, gate: tuple[float, ...] | None = None, **options: Any
+) -> Predictor:
+    """A predictor with random weights; `gate` makes its router always say these logits."""
+    network = a_network(spec)
+    if gate is not None and network.router is not None:
+        network.router.score.weight.data.zero_()
+        network.router.score.bias.data[:] = torch.tensor(gate)
+    save_model(folder / "tiny.safetensors", network, spec)
+    return Predictor(folder / "tiny.safetensors", "cpu", **{"precision": "float32", **options})
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return a_predictor(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def with_gate(tmp_path: Path) -> Callable[..., Predictor]:
+    """Predictor whose gate says these logits for ct, mr_t1, mr_t2."""
+    return lambda *logits: a_predictor(tmp_path, gate=logits)
+
+
+def smooth(*shape: int, seed: int = 0) -> NDArray[np.int16]:
+    field = gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 1.5)
+    return (4000 * field).astype(np.int16)
+
+
+def a_volume(
+    array: NDArray[Any], spacing: tuple[float, float, float] = (1.5, 1.5, 2.0), modality: str | None = None
+) -> Volume:
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[:3, 3] = (80, 40, -30)
+    return Volume(array, Grid(array.shape, affine), "a", modality)
+
+
+def an_mr(**options: Any) -> Volume:
+    return a_volume(np.abs(smooth(10, 22, 26)), modality="MR", **options)
+
+
+def a_ct() -> Volume:
+    return a_volume(smooth(10, 22, 26))
+
+
+def segmented(predictor: Predictor, volume: Volume, **options: Any) -> NDArray[Any]:
+    return predictor(volume, **options)[0].array
+
+
+def constant(predictor: Predictor, label: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the network find `label` in the middle of every slice, or everywhere but nothing for 0."""
+
+    def scores(network: object, stacks: torch.Tensor, precision: object) -> torch.Tensor:
+        out = torch.zeros(len(stacks), *stacks.shape[-2:], 5)
+        out[..., 0] = 1
+        out[:, 2:-2, 2:-2, label] += 2
+        return out
+
+    monkeypatch.setattr(module, "_scores", scores)
+
+
+# ---- the way of a volume
+
+
+def test_labels_agree_with_a_plain_run_of_the_network(predictor: Predictor) -> None:
+    """All slices at once, scores of every class for every voxel, argmax, islands removed."""
+    volume, expert = an_mr(), 2
+    canonical = CanonicalVolume(volume, 2.0, 3.0, SPEC.intensity["MR"])
+    weights = F.one_hot(torch.tensor([expert]), 3).float().expand(canonical.shape[0], -1)
+    with torch.inference_mode():
+        scores = predictor.network(canonical.stacks(0, canonical.shape[0], 3), weights)
+    fine = F.interpolate(scores.permute(3, 0, 1, 2)[None], volume.array.shape, mode="trilinear")[0]
+    expected = fine.argmax(0).numpy().astype(np.uint8)
+    remove_islands(expected, SPEC.label_keys, volume.grid.voxel_ml)
+    found = segmented(predictor, volume, expert="mr_t2")
+    assert len(np.unique(found)) > 2
+    assert (found != expected).mean() < 1e-3  # ties
+
+
+@pytest.mark.parametrize("axes", ALL_AXES)
+def test_every_storage_order_gives_the_same_labels(predictor: Predictor, axes: str) -> None:
+    expected, stored = predictor(an_mr())[0], an_mr().to_axes(axes)
+    stored = replace(stored, array=np.ascontiguousarray(stored.array))
+    labels, _ = predictor(stored)
+    assert labels.array.shape == stored.array.shape and labels.grid is stored.grid
+    assert np.array_equal(labels.to_axes("LPS").array, expected.array)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.tuples(*[st.floats(-25, 25)] * 3), st.sampled_from(ALL_AXES))
+def test_an_oblique_volume_gives_the_labels_of_the_straight_one(
+    predictor: Predictor, angles: tuple[float, float, float], axes: str
+) -> None:
+    straight = an_mr().to_axes(axes)
+    affine = np.array(straight.grid.affine)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ affine[:3, :3]
+    grid = Grid(straight.grid.shape, affine)
+    labels, _ = predictor(replace(straight, grid=grid))
+    if grid.axes == straight.grid.axes:  # turned far enough, another order is nearer
+        assert np.array_equal(labels.array, segmented(predictor, straight))
+    assert labels.grid is grid
+
+
+@pytest.mark.parametrize("kind", [">i2", "<f8", "u2", "i4"])
+def test_the_stored_type_makes_no_difference(predictor: Predictor, kind: str) -> None:
+    volume = an_mr()
+    stored = replace(volume, array=volume.array.astype(kind))
+    assert np.array_equal(segmented(predictor, stored), segmented(predictor, volume))
+
+
+def test_labels_are_small_integers_with_the_volumes_name(predictor: Predictor) -> None:
+    labels, _ = predictor(an_mr())
+    assert labels.array.dtype == np.uint8 and labels.name == "a"
+    assert labels.array.max() <= len(SPEC.structures)
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 24), (9, 1, 14), (9, 14, 1), (1, 1, 1), (2, 3, 90)])
+@pytest.mark.parametrize("spacing", [(1.5, 1.5, 2.0), (0.3, 4.0, 9.0)])
+def test_flat_and_anisotropic_volumes_are_segmented(
+    predictor: Predictor, shape: tuple[int, int, int], spacing: tuple[float, float, float]
+) -> None:
+    labels, report = predictor(a_volume(smooth(*shape), spacing))
+    assert labels.array.shape == shape and set(np.unique(labels.array)) <= {0, *SPEC.label_keys}
+    assert report.seconds["network"] > 0
+
+
+@pytest.mark.parametrize("array", [np.zeros((3, 8, 8), np.int16), np.full((3, 8, 8), np.nan), np.full((3, 8, 8), 40)])
+def test_empty_volumes_are_segmented(predictor: Predictor, array: NDArray[Any]) -> None:
+    labels, _ = predictor(a_volume(array))
+    assert labels.array.shape == array.shape
+
+
+def test_hounsfield_units_with_an_offset_give_the_same_labels(predictor: Predictor) -> None:
+    hu = np.full((8, 24, 24), -1000, np.int16)
+    hu[:, 4:20, 4:20] = 40 + smooth(8, 16, 16) // 20
+    hu[:, 10:13, 10:13] = 900
+    stored = (hu + 1024).astype(np.uint16)
+    labels, report = predictor(a_volume(stored), expert="ct")
+    assert np.array_equal(labels.array, segmented(predictor, a_volume(hu), expert="ct"))
+    assert any("1024 was subtracted" in text for text in report.warnings)
+
+
+def test_a_second_call_gives_the_same_result(predictor: Predictor) -> None:
+    first, report = predictor(an_mr())
+    other, _ = predictor(a_ct())
+    again, report_again = predictor(an_mr())
+    assert np.array_equal(first.array, again.array) and not np.array_equal(first.array, other.array)
+    assert report.expert_weights == report_again.expert_weights
+    assert report.volumes_ml == report_again.volumes_ml
+
+
+def test_the_users_array_is_not_touched(predictor: Predictor) -> None:
+    volume = a_ct()
+    before = volume.array.copy()
+    volume.array.setflags(write=False)
+    predictor(volume)
+    assert np.array_equal(volume.array, before)
+
+
+# ---- routing
+
+
+def test_the_gate_chooses_once_for_the_whole_volume(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = predictor.network.gate_logits
+
+    def noted(stacks: torch.Tensor) -> torch.Tensor:
+        calls.append(len(stacks))
+        return real(stacks)
+
+    monkeypatch.setattr(predictor.network, "gate_logits", noted)
+    _, report = predictor(a_volume(np.abs(smooth(40, 12, 12)), modality="MR"))
+    assert calls == [16]
+    assert sorted(report.expert_weights.values()) == [0, 0, 1]
+
+
+def test_the_choice_is_the_gates_mean_over_slices(predictor: Predictor) -> None:
+    canonical = CanonicalVolume(an_mr(), 2.0, 3.0, SPEC.intensity["MR"])
+    with torch.inference_mode():
+        logits = predictor.network.gate_logits(canonical.stacks(0, canonical.shape[0], 3)).mean(0)
+    expected = max(("mr_t1", "mr_t2"), key=lambda name: float(logits[SPEC.expert_index(name)]))
+    assert predictor(an_mr())[1].expert_weights[expected] == 1
+
+
+@pytest.mark.parametrize("name", SPEC.expert_names)
+def test_naming_an_expert_overrules_gate_and_modality(with_gate: Callable[..., Predictor], name: str) -> None:
+    predictor = with_gate(0.0, 9.0, 0.0)
+    labels, report = predictor(a_ct(), expert=name)
+    assert report.expert_weights == {key: float(key == name) for key in SPEC.expert_names}
+    assert not [text for text in report.warnings if "doubt" in text]
+    others = [segmented(predictor, a_ct(), expert=other) for other in SPEC.expert_names if other != name]
+    assert not any(np.array_equal(labels.array, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("modality", "logits", "expected"),
+    [("MR", (9.0, 1.0, 2.0), "mr_t2"), ("MR", (9.0, 2.0, 1.0), "mr_t1"), ("CT", (0.0, 9.0, 8.0), "ct")],
+)
+def test_a_proven_modality_leaves_only_its_experts(
+    with_gate: Callable[..., Predictor], modality: str, logits: tuple[float, ...], expected: str
+) -> None:
+    _, report = with_gate(*logits)(replace(an_mr(), modality=modality))
+    assert report.expert_weights[expected] == 1
+    doubts = [text for text in report.warnings if "modality in doubt" in text]
+    assert len(doubts) == 1 and f"say {modality}" in doubts[0] and expected in doubts[0]
+
+
+def test_without_proof_the_gate_is_free_but_told_on(with_gate: Callable[..., Predictor]) -> None:
+    _, report = with_gate(9.0, 0.0, 0.0)(replace(an_mr(), modality=None))
+    assert report.expert_weights["ct"] == 1
+    assert any("intensities suggest MR, the gate says ct" in text for text in report.warnings)
+
+
+def test_a_gate_that_wavers_is_told_on(with_gate: Callable[..., Predictor]) -> None:
+    _, report = with_gate(0.0, 0.1, 0.0)(an_mr())
+    assert any("gives mr_t1 only 52%" in text for text in report.warnings)
+
+
+def test_a_gate_that_is_sure_raises_no_doubt(with_gate: Callable[..., Predictor]) -> None:
+    _, report = with_gate(0.0, 9.0, 0.0)(an_mr())
+    assert not [text for text in report.warnings if "doubt" in text]
+
+
+def test_a_soft_gate_mixes_the_experts_it_weighs(tmp_path: Path) -> None:
+    spec = replace(SPEC, network=replace(NETWORK, top_k=0))
+    _, report = a_predictor(tmp_path, spec, gate=(5.0, 1.0, 2.0))(an_mr())
+    expected = torch.tensor([1.0, 2.0]).softmax(0).tolist()
+    assert list(report.expert_weights.values()) == pytest.approx([0, *expected])
+
+
+def test_a_model_of_the_other_modality_warns(tmp_path: Path) -> None:
+    predictor = a_predictor(tmp_path, CT_ONLY)
+    _, report = predictor(an_mr())
+    assert report.expert_weights == {"ct": 1}
+    assert any("say MR, but tiny was trained for CT alone" in text for text in report.warnings)
+    assert not [text for text in predictor(a_ct())[1].warnings if "doubt" in text]
+
+
+@pytest.mark.parametrize("gate", ["token", "channel"])
+def test_gates_inside_the_network_use_all_experts(tmp_path: Path, gate: str) -> None:
+    spec = replace(SPEC, network=replace(NETWORK, gate=gate))
+    _, report = a_predictor(tmp_path, spec)(an_mr())
+    assert list(report.expert_weights.values()) == pytest.approx([1 / 3] * 3)
+
+
+def test_naming_an_expert_overrules_a_token_gate(tmp_path: Path) -> None:
+    predictor = a_predictor(tmp_path, replace(SPEC, network=replace(NETWORK, gate="token")))
+    found = {name: segmented(predictor, an_mr(), expert=name) for name in ("mr_t1", "mr_t2")}
+    assert not np.array_equal(found["mr_t1"], found["mr_t2"])
+    assert predictor(an_mr(), expert="mr_t2")[1].expert_weights["mr_t2"] == 1
+
+
+def test_a_channel_gate_has_no_expert_to_name(tmp_path: Path) -> None:
+    predictor = a_predictor(tmp_path, replace(SPEC, network=replace(NETWORK, gate="channel")))
+    with pytest.raises(ValueError, match="always uses all experts"):
+        predictor(an_mr(), expert="mr_t1")
+
+
+# ---- what the user asks for
+
+
+def test_an_unknown_expert_is_refused_with_the_choices(predictor: Predictor) -> None:
+    with pytest.raises(ValueError, match="'pet' is unknown; tiny has: ct, mr_t1, mr_t2"):
+        predictor(a_ct(), expert="pet")
+
+
+def test_an_unknown_structure_is_refused_with_the_choices(predictor: Predictor) -> None:
+    with pytest.raises(ValueError, match="pancreas is unknown; tiny has: liver, spleen, kidney_left, liver_tumor"):
+        predictor(a_ct(), structures=["liver", "pancreas"])
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ({"device": "tpu"}, "'tpu' is not available; this machine has: .*cpu"),
+        ({"precision": "int4"}, "'int4' is unknown; expected one of auto, float32, bfloat16"),
+        ({"model": "no-such-model"}, "no-such-model.* is not installed; installed: "),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_with_the_choices(option: dict[str, str], choices: str) -> None:
+    with pytest.raises(ValueError, match=choices):
+        Predictor(**option)
+
+
+def test_a_model_with_structures_that_the_catalogue_lacks_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'bladder', expected a key such as .*urinary_bladder"):
+        a_predictor(tmp_path, replace(CT_ONLY, structures=("liver", "bladder")))
+
+
+def test_the_automatic_device_is_one_that_is_there() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto") == find_device(str(find_device("auto")))
+
+
+def test_only_the_wanted_structures_are_kept(predictor: Predictor) -> None:
+    everything, _ = predictor(an_mr())
+    labels, report = predictor(an_mr(), structures=["spleen", "liver_tumor"])
+    assert set(np.unique(labels.array)) <= {0, 2, 4} and set(report.volumes_ml) <= {"spleen", "liver_tumor"}
+    assert np.array_equal(labels.array, np.where(np.isin(everything.array, (2, 4)), everything.array, 0))
+
+
+def test_progress_rises_to_one(predictor: Predictor) -> None:
+    seen: list[tuple[str, float]] = []
+    predictor(a_volume(smooth(40, 12, 12)), progress=lambda *step: seen.append(step))
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions) and fractions[0] == 0 and fractions[-1] == 1
+    assert len(fractions) > 5 and {phase for phase, _ in seen} == {"prepare", "segment"}
+
+
+def test_a_cancelled_run_stops_after_the_slab(predictor: Predictor) -> None:
+    slabs: list[int] = []
+    with pytest.raises(Cancelled):
+        predictor(
+            a_volume(smooth(40, 12, 12)),
+            progress=lambda phase, fraction: slabs.append(phase == "segment"),
+            cancelled=lambda: sum(slabs) == 2,
+        )
+    assert sum(slabs) == 2
+    assert predictor(a_ct())[1].volumes_ml  # the predictor is as good as new
+
+
+def test_a_run_that_nobody_cancels_ends(predictor: Predictor) -> None:
+    assert predictor(a_ct(), cancelled=lambda: False)[0].array.any()
+
+
+# ---- precision
+
+
+def test_bfloat16_changes_few_labels(predictor: Predictor, tmp_path: Path) -> None:
+    labels, report = a_predictor(tmp_path, precision="bfloat16")(an_mr())
+    assert report.precision == "bfloat16"
+    assert (labels.array == segmented(predictor, an_mr())).mean() > 0.9
+
+
+@pytest.mark.parametrize(("faster", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_automatic_precision_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool, precision: str
+) -> None:
+    trials: list[object] = []
+
+    def measured(run: Callable[[], object], device: object) -> bool:
+        trials.append(run())
+        return faster
+
+    monkeypatch.setattr(module, "bfloat16_is_faster", measured)
+    predictor = a_predictor(tmp_path, precision="auto")
+    assert [predictor(a_ct())[1].precision for _ in range(2)] == [precision] * 2
+    assert len(trials) == 1
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [((4, 3, 3, 2), True), ((2, 9, 3, 1.9), False), ((1, 1, 2, 2), False)])
+def test_the_better_of_two_runs_counts(
+    seconds: tuple[float, ...], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(seconds)
+    monkeypatch.setattr(module, "_seconds", lambda run, device: next(times))
+    assert bfloat16_is_faster(lambda: None, torch.device("cpu")) is faster
+
+
+# ---- the report
+
+
+def test_the_report_says_what_was_done(predictor: Predictor) -> None:
+    volume = an_mr()
+    labels, report = predictor(replace(volume, warnings=("the reader had to guess",)))
+    assert (report.model, report.device, report.precision) == ("tiny 1", "cpu", "float32")
+    assert list(report.seconds) == ["prepare", "route", "resample", "network", "upsample", "cleanup"]
+    assert report.peak_memory_mib.keys() == report.seconds.keys() and min(report.peak_memory_mib.values()) > 10
+    assert report.warnings[0] == "the reader had to guess"
+    assert json.loads(report.to_json())["volumes_ml"] == report.volumes_ml
+    for key, volume_ml in report.volumes_ml.items():
+        voxels = (labels.array == SPEC.structures.index(key) + 1).sum()
+        assert volume_ml == pytest.approx(voxels * 1.5 * 1.5 * 2 / 1000)
+
+
+def test_nothing_found_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    constant(predictor, 0, monkeypatch)
+    labels, report = predictor(an_mr())
+    assert not labels.array.any() and report.volumes_ml == {}
+    assert any("nothing was found" in text for text in report.warnings)
+
+
+def test_a_structure_at_the_border_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    constant(predictor, 2, monkeypatch)
+    _, report = predictor(an_mr())
+    assert [text for text in report.warnings if "Spleen" in text] == [
+        "Spleen is cut by the field of view; its volume is a lower bound"
+    ]
+
+
+def test_a_single_slice_is_not_cut_by_its_own_plane(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    constant(predictor, 2, monkeypatch)
+    _, report = predictor(a_volume(np.abs(smooth(1, 24, 24)), modality="MR"))
+    assert "spleen" in report.volumes_ml and not [text for text in report.warnings if "cut" in text]
+
+
+@pytest.mark.parametrize(("millimetres", "word"), [(1.0, "outside"), (18.0, "outside"), (10.0, "")])
+def test_a_volume_that_no_patient_has_is_told(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, millimetres: float, word: str
+) -> None:
+    low, _, high = structure("spleen").volume_ml or (0, 0, 0)
+    volumes = {"spleen": 400.0 * (millimetres / 10) ** 3}
+    assert (low <= volumes["spleen"] <= high) == (not word)
+    warnings = module._volume_warnings(volumes, cut=[])
+    assert (len(warnings) == 1 and word in warnings[0]) if word else not warnings
+
+
+def test_a_small_volume_is_no_surprise_where_the_scan_cuts_it() -> None:
+    warnings = module._volume_warnings({"spleen": 1.0}, cut=["spleen", "liver"])
+    assert warnings == ["Spleen is cut by the field of view; its volume is a lower bound"]
+
+
+# ---- memory
+
+
+class LargestTensor(TorchFunctionMode):
+    """Notes the size of the largest tensor that any operation gives."""
+
+    bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+def test_scores_of_the_whole_volume_are_never_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 x 256 x 64 voxels, 16 structures: their scores would be 285 MB, the volume is 8 MB."""
+    spec = replace(CT_ONLY, structures=tuple(catalogue())[:16], pixel_mm=4.0, slice_mm=4.0)
+    predictor = a_predictor(tmp_path, spec)
+    prior = F.interpolate(torch.randn(1, 17, 6, 6), (96, 96), mode="bilinear").permute(0, 2, 3, 1)
+    real = module._scores
+    monkeypatch.setattr(module, "_scores", lambda *given: 0.01 * real(*given) + prior)
+    volume = a_volume(smooth(64, 256, 256), (1.5, 1.5, 2.0))
+    tracemalloc.start()
+    with LargestTensor() as largest:
+        labels, _ = predictor(volume)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(labels.array)) > 4
+    assert largest.bytes < 20e6 < labels.array.size * 17 * 4 / 10
+    assert peak < labels.array.size * 8  # labels, components and slabs
