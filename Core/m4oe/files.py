@@ -1,17 +1,10 @@
-"""Volumes and segmentations on disk: reads NIfTI, NRRD, MetaImage and DICOM, writes .seg.nrrd and label maps.
-
-NIfTI is parsed here and not by ITK, which refuses sheared headers, replaces a zero spacing by 1 mm and fills
-truncated files up without a word.
-"""
+"""Volumes and segmentations on disk: reads NIfTI, NRRD, MetaImage and DICOM, writes .seg.nrrd and label maps."""
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import math
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,15 +17,15 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from .geometry import Grid, Volume, nearest_rotation
+from .geometry import Grid, Volume
 from .labels import Code, Structure, structure
+from .nifti import are_orthogonal, check_spacing, choose_frame, read_nifti
 
 _NIFTI = (".nii.gz", ".nii")
 _DICOM = (".dcm", ".ima")
 _IMAGES = (*_NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *_DICOM)
 _SEGMENTATIONS = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha")
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
-_SHEAR = 1e-3  # cosine between two axes above which they are not at right angles
 _UNEVEN = 0.05  # part of the usual slice gap by which a gap may differ
 _CODES = {
     "Category": "category",
@@ -66,7 +59,7 @@ def read_volume(path: str | os.PathLike[str], frame: int | None = None) -> Volum
         raise ValueError(f"Cannot read {path}: {error}") from error
     except RuntimeError as error:  # ITK's own message is a trace of its source code
         raise ValueError(f"Cannot read {path}: it is damaged, incomplete or not what its name says.") from error
-    if _cosine(volume.grid.direction) > _SHEAR:
+    if not are_orthogonal(volume.grid.direction):
         volume = _warned(volume, "The axes are not at right angles (tilted gantry?).")
     return replace(volume, name=_stem(path, _IMAGES) if path.is_file() else path.resolve().name)
 
@@ -114,7 +107,7 @@ def write_segmentation(
     suffix = _suffix(path, _SEGMENTATIONS)
     if not suffix:
         raise ValueError(f"Cannot write {path}: expected a name that ends in {' '.join(_SEGMENTATIONS)}.")
-    if suffix in _NIFTI and _cosine(labels.grid.direction) > _SHEAR:
+    if suffix in _NIFTI and not are_orthogonal(labels.grid.direction):
         raise ValueError(f"Cannot write {path}: NIfTI needs axes at right angles, choose .seg.nrrd or .nrrd.")
     present = _present(labels, structures)
     if suffix == ".seg.nrrd":
@@ -199,12 +192,12 @@ def _stem(path: Path, choices: tuple[str, ...]) -> str:
 
 def _read(path: Path, frame: int | None) -> Volume:
     if path.is_dir():
-        _choose_frame(1, frame)
+        choose_frame(1, frame)
         return _read_series(path)
     if path.stat().st_size == 0:
         raise ValueError("it is empty.")
     if _suffix(path, _NIFTI):
-        return _read_nifti(path, frame)
+        return read_nifti(path, frame)
     if _suffix(path, _IMAGES) or _is_dicom(path):
         return _read_itk(path, frame)
     raise ValueError(f"its kind is unknown, expected DICOM or {' '.join(_IMAGES)}.")
@@ -213,12 +206,13 @@ def _read(path: Path, frame: int | None) -> Volume:
 def _read_itk(path: Path, frame: int | None) -> Volume:
     reader = _opened(path)
     size = reader.GetSize()
-    _check_spacing(reader.GetSpacing()[:3])
-    chosen = _choose_frame(size[3] if len(size) == 4 else 1, frame)
+    check_spacing(reader.GetSpacing()[:3])
+    chosen = choose_frame(size[3] if len(size) == 4 else 1, frame)
     if len(size) == 4:
         reader.SetExtractSize([*size[:3], 0])
         reader.SetExtractIndex([0, 0, 0, chosen])
-    return _from_itk(reader.Execute(), _tag(reader, "0008|0060"))
+    volume = _from_itk(reader.Execute(), _tag(reader, "0008|0060"))
+    return _thickened(volume, reader) if _is_dicom(path) else volume
 
 
 def _read_series(folder: Path) -> Volume:
@@ -233,7 +227,9 @@ def _read_series(folder: Path) -> Volume:
     if others := ", ".join(f"{_series_name(names[0])} ({len(names)})" for names in series[1:]):
         chosen = f"{_series_name(series[0][0])} ({len(series[0])} slices)"
         volume = _warned(volume, f"Only the longest series {chosen} was read, not {others}.")
-    return _placed(volume, _positions(reader, len(series[0]))) if len(series[0]) > 1 else volume
+    if len(series[0]) == 1:
+        return _thickened(volume, _opened(series[0][0]))
+    return _placed(volume, _positions(reader, len(series[0])))
 
 
 def _positions(reader: sitk.ImageSeriesReader, slices: int) -> NDArray[np.float64]:
@@ -289,27 +285,26 @@ def _placed(volume: Volume, positions: NDArray[np.float64]) -> Volume:
     return volume
 
 
+def _thickened(volume: Volume, reader: sitk.ImageFileReader) -> Volume:
+    """Gives a slice alone its Slice Thickness, where ITK found no Spacing Between Slices and took 1 mm."""
+    thickness = _number(_tag(reader, "0018|0050"))
+    if volume.grid.shape[0] > 1 or _number(_tag(reader, "0018|0088")) > 0 or not 0 < thickness < math.inf:
+        return volume
+    affine = np.array(volume.grid.affine)
+    affine[:3, 2] = volume.grid.direction[:, 2] * thickness
+    return replace(volume, grid=Grid(volume.grid.shape, affine))
+
+
+def _number(text: str) -> float:
+    """The number that a tag holds, 0 where it holds none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
 def _warned(volume: Volume, warning: str) -> Volume:
     return replace(volume, warnings=(*volume.warnings, warning))
-
-
-def _cosine(direction: NDArray[np.float64]) -> float:
-    """Largest cosine between two of the unit columns: 0 at right angles."""
-    return float(np.abs(direction.T @ direction - np.eye(3)).max())
-
-
-def _choose_frame(frames: int, frame: int | None) -> int:
-    if frame is None and frames > 1:
-        raise ValueError(f"it has {frames} frames, choose one from 0 to {frames - 1}.")
-    if not 0 <= (frame or 0) < frames:
-        raise ValueError(f"it has no frame {frame}, the last one is {frames - 1}.")
-    return frame or 0
-
-
-def _check_spacing(spacing: Iterable[float]) -> None:
-    sizes = [float(size) for size in spacing]
-    if not all(0 < size < math.inf for size in sizes):
-        raise ValueError(f"its voxel spacing is {' x '.join(f'{size:g}' for size in sizes)} mm, expected above zero.")
 
 
 @contextmanager
@@ -320,124 +315,6 @@ def _silent_itk() -> Iterator[None]:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
-
-
-# NIfTI
-
-_FIELDS = {  # of NIfTI-1: offset in bytes and type
-    "size": (0, "i4"),
-    "dim": (40, "8i2"),
-    "datatype": (70, "i2"),
-    "pixdim": (76, "8f4"),
-    "vox_offset": (108, "f4"),
-    "scl": (112, "2f4"),
-    "codes": (252, "2i2"),
-    "quaternion": (256, "3f4"),
-    "offset": (268, "3f4"),
-    "srow": (280, "(3,4)f4"),
-    "magic": (344, "S4"),
-}
-_OFFSETS, _FORMATS = zip(*_FIELDS.values(), strict=True)
-_HEADER = np.dtype({"names": [*_FIELDS], "formats": _FORMATS, "offsets": _OFFSETS, "itemsize": 348})
-_TYPES = {
-    2: "u1",
-    4: "i2",
-    8: "i4",
-    16: "f4",
-    64: "f8",
-    256: "i1",
-    512: "u2",
-    768: "u4",
-    1024: "i8",
-    1280: "u8",
-}
-_CHUNK = 1 << 24
-
-
-def _read_nifti(path: Path, frame: int | None) -> Volume:
-    try:
-        with _unpacked(path) as file:
-            header, order = _nifti_header(file.read(_HEADER.itemsize))
-            array = _nifti_array(file, header, order, frame)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError("it is damaged or incomplete, its compressed data do not unpack.") from error
-    affine, warnings = _nifti_affine(header)
-    return Volume(array, Grid(array.shape, affine), warnings=warnings)
-
-
-def _unpacked(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    """Opens by content, for plain files are at times called .nii.gz."""
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if zipped else path.open("rb")
-
-
-def _nifti_header(data: bytes) -> tuple[Any, str]:
-    """The checked header as a record of `_HEADER`, and the byte order."""
-    if len(data) < _HEADER.itemsize:
-        raise ValueError("it is not a NIfTI-1 file.")
-    records = {order: np.frombuffer(data, _HEADER.newbyteorder(order))[0] for order in ("<", ">")}
-    order = next((order for order, record in records.items() if record["size"] == _HEADER.itemsize), None)
-    if order is None:
-        raise ValueError("it is not a NIfTI-1 file.")
-    header = records[order]
-    if header["magic"] != b"n+1":
-        raise ValueError("it is half of a .hdr/.img pair, expected a single file.")
-    if header["datatype"] not in _TYPES:
-        raise ValueError(f"its voxels are of NIfTI type {header['datatype']}, expected real numbers.")
-    count, sizes = int(header["dim"][0]), header["dim"][1:]
-    if not 2 <= count <= 7 or (sizes[:count] < 1).any() or (sizes[4:count] > 1).any():
-        raise ValueError(f"its size is {sizes[: max(count, 1)].tolist()}, expected 2 to 4 dimensions.")
-    _check_spacing(header["pixdim"][1 : 1 + min(count, 3)])
-    return header, order
-
-
-def _nifti_array(file: io.BufferedReader | gzip.GzipFile, header: Any, order: str, frame: int | None) -> NDArray[Any]:
-    """Voxels [k, j, i] of one frame."""
-    i, j, k, frames = (int(size) if axis < header["dim"][0] else 1 for axis, size in enumerate(header["dim"][1:5]))
-    chosen = _choose_frame(frames, frame)
-    array = np.empty((k, j, i), f"{order}{_TYPES[int(header['datatype'])]}")
-    file.seek(max(352, int(header["vox_offset"])) + chosen * array.nbytes)
-    rest = array.reshape(-1).view(np.uint8).data
-    while rest and (got := file.readinto(rest[:_CHUNK])):
-        rest = rest[got:]
-    if rest:
-        raise ValueError(f"it is incomplete: {array.nbytes - len(rest)} bytes of voxels, expected {array.nbytes}.")
-    file.read(1)  # the end of a compressed file: its checksum is compared
-    slope, intercept = header["scl"].tolist()
-    if slope == 0 or not math.isfinite(slope * intercept) or (slope, intercept) == (1, 0):
-        return array.astype(array.dtype.newbyteorder("="), copy=False)
-    return array * np.float32(slope) + np.float32(intercept)
-
-
-def _nifti_affine(header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """The affine that ITK, and so Slicer, chooses; the nearest rotation to a sform that ITK refuses."""
-    qform_code, sform_code = header["codes"].tolist()
-    columns, spacing = header["srow"][:, :3].astype(np.float64), header["pixdim"][1:4].astype(np.float64)
-    flat = header["dim"][0] < 3
-    if flat:
-        columns[:, 2], spacing[2] = np.cross(columns[:, 0], columns[:, 1]), 1.0
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    warnings: tuple[str, ...] = ()
-    if sform_code and (not qform_code or (sform_code == 1 and _cosine(columns / spacing) < _SHEAR)):
-        lengths = np.linalg.norm(columns, axis=0)
-        _check_spacing(lengths)
-        spacing[: 2 if flat else 3] = lengths[: 2 if flat else 3]
-        affine[:3, :3], affine[:3, 3] = nearest_rotation(columns / lengths), header["srow"][:, 3]
-        if _cosine(columns / lengths) > _SHEAR:
-            warnings = ("The axes in the header are not at right angles, the nearest rotation was taken.",)
-    elif qform_code:
-        affine[:3, :3], affine[:3, 3] = _rotation(header["quaternion"].astype(np.float64)), header["offset"]
-        affine[:3, 2] *= -1 if header["pixdim"][0] < 0 else 1
-    affine[:3, :3] *= spacing
-    return affine, warnings
-
-
-def _rotation(bcd: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rotation [3, 3] of the unit quaternion (a, b, c, d) with a >= 0, of which the file holds (b, c, d)."""
-    length = float(np.linalg.norm(bcd))
-    a, bcd = (math.sqrt(1 - length**2), bcd) if length < 1 else (0.0, bcd / length)
-    return (a * a - bcd @ bcd) * np.eye(3) + 2 * np.outer(bcd, bcd) + 2 * a * np.cross(np.eye(3), bcd)
 
 
 # Writing

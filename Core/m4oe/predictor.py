@@ -142,18 +142,29 @@ class Predictor:
             counts = self._clean(labels, keep, volume.grid.voxel_ml)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
-        report = Report(
+        warnings = (*volume.warnings, *doubts, *_volume_warnings(volumes, cut))
+        result = Volume(labels, canonical.source.grid).to_axes(volume.grid.axes)
+        report = self._report(phases, precision, weights, volumes, warnings)
+        return Volume(result.array, volume.grid, volume.name), report
+
+    def _report(
+        self,
+        phases: _Phases,
+        precision: torch.dtype,
+        weights: tuple[float, ...],
+        volumes_ml: dict[str, float],
+        warnings: tuple[str, ...],
+    ) -> Report:
+        return Report(
             model=f"{self.spec.name} {self.spec.version}",
             device=str(self.device),
             precision=str(precision).removeprefix("torch."),
             expert_weights=dict(zip(self.spec.expert_names, weights, strict=True)),
             seconds=dict(phases.seconds),
             peak_memory_mib=dict(phases.memory),
-            volumes_ml=volumes,
-            warnings=(*volume.warnings, *doubts, *_volume_warnings(volumes, cut)),
+            volumes_ml=volumes_ml,
+            warnings=warnings,
         )
-        result = Volume(labels, canonical.source.grid).to_axes(volume.grid.axes)
-        return Volume(result.array, volume.grid, volume.name), report
 
     def _canonical(self, volume: Volume, evidence: Evidence, forced: int | None) -> CanonicalVolume:
         """The volume under the intensity rule of the forced expert, or else of what the volume seems to be."""
@@ -222,10 +233,11 @@ class Predictor:
         labels: np.ndarray,
         phases: _Phases,
     ) -> Iterator[float]:
-        """Fills `labels` slab by slab and yields the fraction done."""
+        """Fills `labels` slab by slab; yields the fraction done before each slab and at the end."""
         count, batch = canonical.shape[0], _BATCH[self.device.type]
         painter = LabelPainter(canonical.source.grid.shape, canonical.shape, labels)
         for start in range(0, count, batch):
+            yield start / count
             stop = min(start + batch, count)
             with phases("resample"):
                 stacks = canonical.stacks(start, stop, self.spec.network.channels)
@@ -233,7 +245,7 @@ class Predictor:
                 scores = _scores(network, stacks, precision)
             with phases("upsample"):
                 painter.add(scores)
-            yield stop / count
+        yield 1.0
 
     def _clean(self, labels: np.ndarray, keep: list[int], voxel_ml: float) -> dict[int, int]:
         if len(keep) < len(self.spec.structures):

@@ -1,34 +1,25 @@
 """One picture of a segmentation: three slices, the surfaces of all structures and their volumes in mL.
 
-VTK makes the surfaces, sets the type and writes the PNG; numpy draws. OpenGL is not involved: the picture needs no
-display, no graphics library, and comes out alike on every machine.
+OpenGL is not involved: the picture needs no display, no graphics library, and comes out alike on every machine.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import vtkmodules.vtkRenderingFreeType  # noqa: F401  registers the text renderer
 from numpy.typing import NDArray
 from scipy import ndimage
-from vtkmodules.util.numpy_support import numpy_to_vtk, vtk_to_numpy
-from vtkmodules.vtkCommonDataModel import vtkImageData
-from vtkmodules.vtkFiltersCore import vtkFlyingEdges3D
-from vtkmodules.vtkIOImage import vtkPNGWriter
-from vtkmodules.vtkRenderingCore import vtkTextProperty, vtkTextRenderer
 
 from .files import atomic_write
 from .geometry import Volume
 from .labels import Structure, structure
-
-Floats = NDArray[np.floating[Any]]  # pictures are [row, column, RGB] from 0 to 1, row 0 on top
-Color = tuple[float, float, float]
+from .raster import INK, Facets, Floats, blend, contour, draw_dot, draw_text, fit, render, resize, write_png
 
 _WIDTH, _HEIGHT, _MARGIN, _TOP, _GAP, _LEGEND = 1920, 1080, 48, 128, 12, 348
-_PAGE, _RULE, _TEXT, _MUTED = (0.043, 0.051, 0.067), (0.15, 0.17, 0.21), (0.93, 0.95, 0.97), (0.55, 0.6, 0.67)
+_PAGE, _RULE, _MUTED = (0.043, 0.051, 0.067), (0.15, 0.17, 0.21), (0.55, 0.6, 0.67)
 _LETTER = (0.98, 0.82, 0.42)
 _SKY, _GROUND = (0.125, 0.15, 0.19), (0.03, 0.036, 0.048)  # behind the surfaces
 _CT_WINDOW, _AIR = (-160.0, 240.0), -200  # HU
@@ -37,13 +28,11 @@ _FILL, _OUTLINE = 0.42, 2.0  # opacity; pixels
 _LONGEST = 160  # voxels along the longest side of what surfaces are made from
 _THICK = 1.6  # times as long as wide: voxels between which shapes are interpolated
 _PAD = 3  # voxels around a structure, so that smoothing does not cut it
-_CLOSEST = 80  # mm across the surface panel at least
 _SAMPLES = 2  # per pixel and axis of the surfaces, for smooth edges
 _GLASS = 0.5  # opacity of a structure that holds another one
 _TILT = np.deg2rad(14)  # of the viewer above the front
 # LPS to right of the picture, down, towards the viewer
 _VIEW = np.array([[1, 0, 0], [0, -np.sin(_TILT), -np.cos(_TILT)], [0, -np.cos(_TILT), np.sin(_TILT)]])
-_EYE, _LIGHT = np.array([0, 0, 1]), np.array([-0.45, -0.6, 0.66])  # directions, in the picture
 
 
 class _Plane(NamedTuple):
@@ -67,14 +56,6 @@ class _Sample(NamedTuple):
     start: tuple[int, ...]  # (k, j, i) of its first voxel
     step: tuple[int, ...]  # voxels from one of its voxels to the next
     spacing: NDArray[np.float64]  # mm along (k, j, i)
-
-
-class _Facets(NamedTuple):
-    """Triangles as seen by the viewer: x to the right, y down, z towards the viewer."""
-
-    corners: Floats  # [triangle, corner, xyz] in mm or pixels
-    normals: Floats  # [triangle, corner, xyz] unit vectors
-    colors: Floats  # [triangle, RGB]
 
 
 def write_preview(
@@ -112,7 +93,7 @@ def write_preview(
         _draw_slice(panel, plane, _best_slice(sample, plane.axis, found), volume, labels, found, window)
     _draw_surfaces(surfaces, sample, found)
     with atomic_write(path) as temporary:
-        _write_png(temporary, picture)
+        write_png(temporary, picture)
 
 
 def _panels(picture: Floats) -> list[Floats]:
@@ -213,10 +194,10 @@ def _draw_slice(
     size = np.array(grey.shape) * spacing
     scale = float(min(panel.shape[:2] / size))  # pixels per mm
     shape = [max(1, round(mm * scale)) for mm in size]
-    image = np.repeat(_resize(grey, shape, order=3).clip(0, 1)[..., None], 3, axis=2)
+    image = np.repeat(resize(grey, shape, order=3).clip(0, 1)[..., None], 3, axis=2)
     for value in np.intersect1d(values, list(structures)):
         field = _field(values == value, spacing)
-        _paint(image, _resize(field, shape, order=1), structures[int(value)].color)
+        _paint(image, resize(field, shape, order=1), structures[int(value)].color)
     row, column = (panel.shape[0] - shape[0]) // 2, (panel.shape[1] - shape[1]) // 2
     panel[row : row + shape[0], column : column + shape[1]] = image
     _annotate(panel, plane.name, plane.letters)
@@ -224,18 +205,12 @@ def _draw_slice(
     _draw_scale_bar(panel, round(mm * scale), f"{mm / 10:g} cm")
 
 
-def _resize(image: Floats, shape: Sequence[int], order: int) -> Floats:
-    ratio = np.array(shape) / image.shape
-    image = ndimage.gaussian_filter(image, np.maximum(0, (1 / ratio - 1) / 2))  # what is made smaller
-    return np.asarray(ndimage.zoom(image, ratio, order=order, mode="nearest", grid_mode=True))
-
-
 def _paint(image: Floats, field: Floats, color: tuple[int, int, int]) -> None:
     """Fills where the field is positive, and draws an outline inside of that edge."""
     slope = [np.gradient(field, axis=n) if field.shape[n] > 1 else np.zeros(1) for n in (0, 1)]
     depth = field / np.hypot(*slope).clip(1e-3)  # pixels inside of the edge
     inside = (depth + 0.5).clip(0, 1)
-    _blend(image, np.array(color) / 255, inside * (_OUTLINE + 0.5 - depth).clip(_FILL, 1))
+    blend(image, np.array(color) / 255, inside * (_OUTLINE + 0.5 - depth).clip(_FILL, 1))
 
 
 # ---- surfaces
@@ -246,130 +221,35 @@ def _draw_surfaces(panel: Floats, sample: _Sample, structures: Mapping[int, Stru
     facets = {value: _facets(sample, value, item) for value, item in structures.items() if value in sample.array}
     if facets:
         canvas = panel.repeat(_SAMPLES, axis=0).repeat(_SAMPLES, axis=1)
-        facets = dict(zip(facets, _fit(list(facets.values()), *canvas.shape[:2]), strict=True))
+        facets = dict(zip(facets, fit(list(facets.values()), *canvas.shape[:2]), strict=True))
         parents = {item.parent for item in structures.values()}
         hollow = [value for value in facets if structures[value].key in parents]
-        solid, depth = _render([facets[value] for value in facets if value not in hollow], *canvas.shape[:2])
-        glass, front = _render([facets[value] for value in hollow], *canvas.shape[:2])
-        _blend(canvas, solid, np.isfinite(depth))
-        _blend(canvas, glass, _GLASS * (front > depth))
+        solid, depth = render([facets[value] for value in facets if value not in hollow], *canvas.shape[:2])
+        glass, front = render([facets[value] for value in hollow], *canvas.shape[:2])
+        blend(canvas, solid, np.isfinite(depth))
+        blend(canvas, glass, _GLASS * (front > depth))
         panel[:] = canvas.reshape(len(panel), _SAMPLES, -1, _SAMPLES, 3).mean(axis=(1, 3))
     else:
-        _text(panel, panel.shape[0] // 2, panel.shape[1] // 2, "No structure found", 22, _MUTED, "center")
+        draw_text(panel, panel.shape[0] // 2, panel.shape[1] // 2, "No structure found", 22, _MUTED, "center")
     _annotate(panel, "Surfaces", "RLSI")
 
 
-def _facets(sample: _Sample, value: int, item: Structure) -> _Facets:
+def _facets(sample: _Sample, value: int, item: Structure) -> Facets:
     """Smooth surface that encloses as much as the voxels do."""
     box = ndimage.find_objects((sample.array == value).astype(np.uint8))[0]
     mask = np.pad(sample.array[box] == value, _PAD)
     voxel = max(sample.spacing.min(), max(sample.spacing * sample.array.shape) / _LONGEST)
     field = _field(mask, sample.spacing)
-    field = _resize(field, np.rint(mask.shape * np.maximum(1, sample.spacing / voxel)).astype(int), order=1)
+    field = resize(field, np.rint(mask.shape * np.maximum(1, sample.spacing / voxel)).astype(int), order=1)
     ratio = np.array(field.shape) / mask.shape
     field = ndimage.gaussian_filter((field + 0.5).clip(0, 1), np.clip(0.5 * ratio.max(), 1, 2), mode="constant")
     inside = round(float(mask.sum() * ratio.prod()))
     border = [-inside - 1, -inside]
     level = np.partition(field, border, axis=None)[border].mean().clip(0.2 * field.max(), 0.5 * field.max())
     corner = np.array([part.start for part in box]) - _PAD + 0.5 / ratio - 0.5
-    points, normals, triangles = _contour(field, level, sample.spacing / ratio, sample.spacing * corner)
+    points, normals, triangles = contour(field, level, sample.spacing / ratio, sample.spacing * corner)
     colors = np.full((len(triangles), 3), np.array(item.color) / 255)
-    return _Facets((points @ _VIEW.T)[triangles], (normals @ _VIEW.T)[triangles], colors)
-
-
-def _contour(field: Floats, level: float, spacing: Floats, origin: Floats) -> tuple[Any, Any, Any]:
-    """Points [n, xyz] in mm, normals [n, xyz] and triangles [m, 3] of an isosurface; the field is [k, j, i]."""
-    image = vtkImageData()
-    image.SetDimensions(*field.shape[::-1])
-    image.SetSpacing(*spacing[::-1])
-    image.SetOrigin(*origin[::-1])
-    image.GetPointData().SetScalars(numpy_to_vtk(field.ravel()))
-    edges = vtkFlyingEdges3D()
-    edges.SetInputData(image)
-    edges.SetValue(0, level)
-    edges.Update()
-    surface = edges.GetOutput()
-    return (
-        vtk_to_numpy(surface.GetPoints().GetData()),
-        vtk_to_numpy(surface.GetPointData().GetNormals()),
-        vtk_to_numpy(surface.GetPolys().GetConnectivityArray()).reshape(-1, 3),
-    )
-
-
-def _fit(parts: list[_Facets], height: int, width: int) -> list[_Facets]:
-    """Millimetres to pixels: all in the middle of the canvas, at one scale."""
-    low = np.min([part.corners.min(axis=(0, 1)) for part in parts], axis=0)
-    high = np.max([part.corners.max(axis=(0, 1)) for part in parts], axis=0)
-    scale = min(0.86 * height, 0.86 * width) / _CLOSEST
-    scale = min(scale, 0.86 * width / (high[0] - low[0]), 0.86 * height / (high[1] - low[1]))
-    shift = np.array([width / 2, height / 2, 0]) - (low + high) / 2 * scale
-    return [part._replace(corners=part.corners * scale + shift) for part in parts]
-
-
-def _render(parts: list[_Facets], height: int, width: int) -> tuple[Floats, Floats]:
-    """Colours [row, column, RGB] and depths [row, column] towards the viewer, -inf where there is no surface."""
-    color, depth = np.zeros((height * width, 3)), np.full(height * width, -np.inf)
-    if parts:
-        corners, normals, colors = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        nearest = _nearest(corners, height, width)
-        pixel = np.flatnonzero(nearest >= 0)
-        facet = nearest[pixel]
-        weights = _weights(corners[facet], pixel % width + 0.5, pixel // width + 0.5)
-        depth[pixel] = np.einsum("cn,nc->n", weights, corners[facet, :, 2])
-        shadow = _shadow(depth.reshape(height, width)).ravel()[pixel]
-        color[pixel] = _shade(np.einsum("cn,ncx->nx", weights, normals[facet]), colors[facet], shadow)
-    return color.reshape(height, width, 3), depth.reshape(height, width)
-
-
-def _nearest(corners: Floats, height: int, width: int) -> NDArray[np.int64]:
-    """Index of the triangle that the viewer sees in each pixel, -1 for none."""
-    first = np.floor(corners[..., :2].min(axis=1)).astype(np.int64)
-    size = (np.ceil(corners[..., :2].max(axis=1)).astype(np.int64) - first).max(axis=1)
-    low, high = corners[..., 2].min(), corners[..., 2].max()
-    seen = np.full(height * width, -1, np.int64)
-    b, c = np.moveaxis(corners[:, 1:] - corners[:, :1], 1, 0)
-    front = np.flatnonzero(b[:, 0] * c[:, 1] - b[:, 1] * c[:, 0] < -1e-9)  # the others face away
-    order = front[size[front].argsort()]
-    while order.size:  # in groups of like size, each triangle with the square of pixels that holds it
-        side = int(size[order[min(len(order), 4096) - 1]])
-        group, order = np.split(order, [max(1, min(4096, 2**20 // side**2))])
-        side = int(size[group[-1]])
-        x = first[group, 0, None, None] + np.arange(side)
-        y = first[group, 1, None, None] + np.arange(side)[:, None]
-        weights = _weights(corners[group, :, :, None, None], x + 0.5, y + 0.5)
-        depth = sum(weight * corners[group, n, 2, None, None] for n, weight in enumerate(weights))
-        rank = ((depth - low) / (high - low + 1e-6) * 2**30).astype(np.int64) << 32 | group[:, None, None]
-        inside = np.min(weights, axis=0) >= -1e-5
-        np.maximum.at(seen, (y * width + x)[inside], rank[inside])
-    return np.where(seen >= 0, seen & (2**32 - 1), -1)
-
-
-def _weights(corners: Floats, x: NDArray[Any], y: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
-    """Barycentric coordinates of points in triangles [n, corner, xyz, ...]; negative outside."""
-    a, b, c = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
-    x, y = x - a[:, 0], y - a[:, 1]
-    area = b[:, 0] * c[:, 1] - b[:, 1] * c[:, 0]
-    second, third = (x * c[:, 1] - y * c[:, 0]) / area, (y * b[:, 0] - x * b[:, 1]) / area
-    return 1 - second - third, second, third
-
-
-def _shadow(depth: Floats) -> Floats:
-    """Light from 0 to 1 that is left where something nearby stands closer to the viewer."""
-    depth = np.where(np.isfinite(depth), depth, depth[np.isfinite(depth)].min(initial=np.inf))
-    light = np.ones_like(depth)
-    for part in (0.008, 0.03):  # of the canvas
-        radius = part * depth.shape[0]
-        light *= np.exp(-0.6 * ((ndimage.gaussian_filter(depth, radius) - depth) / radius).clip(0, 1))
-    return light
-
-
-def _shade(normals: Floats, colors: Floats, light: Floats) -> Floats:
-    normals = normals / np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-6)
-    key = _LIGHT / np.linalg.norm(_LIGHT)
-    half = (key + _EYE) / np.linalg.norm(key + _EYE)
-    diffuse = 0.24 + 0.36 * normals[:, 2].clip(0) + 0.52 * (normals @ key).clip(0)
-    gloss = 0.22 * (normals @ half).clip(0) ** 28
-    return ((colors * diffuse[:, None] + gloss[:, None]) * light[:, None]).clip(0, 1)
+    return Facets((points @ _VIEW.T)[triangles], (normals @ _VIEW.T)[triangles], colors)
 
 
 # ---- type and lines
@@ -383,107 +263,43 @@ def _draw_header(picture: Floats, volume: Volume, title: str) -> None:
         f"{i} × {j} × {k} voxels",
         " × ".join(f"{mm:.3g}" for mm in volume.grid.spacing) + " mm",
     ]
-    _text(picture, 54, _MARGIN, title, 32, bold=True, room=_WIDTH - 2 * _MARGIN)
-    _text(picture, 93, _MARGIN, "   ·   ".join(filter(None, facts)), 18, _MUTED, room=_WIDTH - 2 * _MARGIN)
+    draw_text(picture, 54, _MARGIN, title, 32, bold=True, room=_WIDTH - 2 * _MARGIN)
+    draw_text(picture, 93, _MARGIN, "   ·   ".join(filter(None, facts)), 18, _MUTED, room=_WIDTH - 2 * _MARGIN)
 
 
 def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]]) -> None:
     if not rows:
         return
     left, right = _WIDTH - _MARGIN - _LEGEND + 40, _WIDTH - _MARGIN
-    _text(picture, _TOP + 14, left, "Structure", 16, _MUTED)
-    _text(picture, _TOP + 14, right, "Volume", 16, _MUTED, align="right")
+    draw_text(picture, _TOP + 14, left, "Structure", 16, _MUTED)
+    draw_text(picture, _TOP + 14, right, "Volume", 16, _MUTED, align="right")
     picture[_TOP + 36, left:right] = _RULE
     shown = rows if len(rows) <= _ROWS else rows[: _ROWS - 1]
     pitch = min(38, (_HEIGHT - _MARGIN - _TOP - 48) / (len(shown) + 1))
     size = min(19, int(pitch * 0.7))
     if len(rows) > len(shown):
-        _text(picture, _HEIGHT - _MARGIN - 10, left, f"and {len(rows) - len(shown)} more", size, _MUTED)
+        draw_text(picture, _HEIGHT - _MARGIN - 10, left, f"and {len(rows) - len(shown)} more", size, _MUTED)
     for n, (item, volume_ml) in enumerate(shown):
         row = round(_TOP + 48 + pitch * (n + 0.5))
-        _dot(picture, row, left + 8, min(8, 0.36 * pitch), item.color)
+        draw_dot(picture, row, left + 8, min(8, 0.36 * pitch), item.color)
         amount = f"{volume_ml:,.0f} mL" if volume_ml >= 10 else f"{volume_ml:.1f} mL"
-        width = _text(picture, row, right, amount, size, _MUTED, "right")
-        _text(picture, row, left + 30, item.name, size, room=right - left - 46 - width)
+        width = draw_text(picture, row, right, amount, size, _MUTED, "right")
+        draw_text(picture, row, left + 30, item.name, size, room=right - left - 46 - width)
 
 
 def _annotate(panel: Floats, name: str, letters: str) -> None:
     height, width = panel.shape[:2]
     left, right, top, bottom = tuple(letters)
-    _text(panel, 24, 16, name, 18, bold=True)
-    _text(panel, height // 2, 16, left, 18, _LETTER, bold=True)
-    _text(panel, height // 2, width - 16, right, 18, _LETTER, "right", bold=True)
-    _text(panel, 24, width // 2, top, 18, _LETTER, "center", bold=True)
-    _text(panel, height - 24, width // 2, bottom, 18, _LETTER, "center", bold=True)
+    draw_text(panel, 24, 16, name, 18, bold=True)
+    draw_text(panel, height // 2, 16, left, 18, _LETTER, bold=True)
+    draw_text(panel, height // 2, width - 16, right, 18, _LETTER, "right", bold=True)
+    draw_text(panel, 24, width // 2, top, 18, _LETTER, "center", bold=True)
+    draw_text(panel, height - 24, width // 2, bottom, 18, _LETTER, "center", bold=True)
 
 
 def _draw_scale_bar(panel: Floats, length: int, text: str) -> None:
     row = panel.shape[0] - 22
-    panel[row - 1 : row + 1, 16 : 16 + length] = _TEXT
+    panel[row - 1 : row + 1, 16 : 16 + length] = INK
     for end in (16, 14 + length):
-        panel[row - 6 : row + 1, end : end + 2] = _TEXT
-    _text(panel, row - 16, 16 + length // 2, text, 14, align="center")
-
-
-def _dot(image: Floats, row: int, column: int, radius: float, color: tuple[int, int, int]) -> None:
-    reach = int(radius) + 2
-    y, x = np.ogrid[-reach : reach + 1, -reach : reach + 1]
-    square = image[row - reach : row + reach + 1, column - reach : column + reach + 1]
-    _blend(square, np.array(color) / 255, (radius + 0.5 - np.hypot(y, x)).clip(0, 1))
-
-
-def _text(
-    image: Floats,
-    row: int,
-    column: int,
-    text: str,
-    size: int,
-    color: Color = _TEXT,
-    align: str = "left",
-    *,
-    bold: bool = False,
-    room: float = np.inf,
-) -> int:
-    """Sets one line that is centred on `row`, shortened to `room` pixels; returns its width."""
-    alpha = _glyphs(text, size, bold)
-    while alpha.shape[1] > room and text:
-        text = text.rstrip("…")[:-1].rstrip() + "…"
-        alpha = _glyphs(text, size, bold)
-    height, width = alpha.shape
-    row, column = row - height // 2, column - {"left": 0, "center": width // 2, "right": width}[align]
-    spot = image[row - 3 : row + height + 3, column - 3 : column + width + 3]
-    alpha = np.pad(alpha, 3)
-    _blend(spot, np.zeros(3), (2 * ndimage.gaussian_filter(alpha, 1.2)).clip(0, 0.8))  # readable on white
-    _blend(spot, np.array(color), alpha)
-    return width
-
-
-def _glyphs(text: str, size: int, bold: bool) -> Floats:
-    """Coverage [row, column] of a line of Arial."""
-    style = vtkTextProperty()
-    style.SetFontSize(size)
-    style.SetBold(bold)
-    image = vtkImageData()
-    renderer = vtkTextRenderer.GetInstance()
-    renderer.SetScaleToPowerOfTwo(False)
-    if not text.strip() or not renderer.RenderString(style, text, image, [0, 0], 72):
-        return np.zeros((1, 1))
-    width, height, _ = image.GetDimensions()
-    return vtk_to_numpy(image.GetPointData().GetScalars())[:, 3].reshape(height, width)[::-1] / 255
-
-
-def _blend(image: Floats, color: NDArray[Any], alpha: NDArray[Any]) -> None:
-    image += (color - image) * alpha[..., None]
-
-
-def _write_png(path: os.PathLike[str], picture: Floats) -> None:
-    pixels = np.ascontiguousarray((picture[::-1] * 255 + 0.5).astype(np.uint8))
-    image = vtkImageData()
-    image.SetDimensions(picture.shape[1], picture.shape[0], 1)
-    image.GetPointData().SetScalars(numpy_to_vtk(pixels.reshape(-1, 3)))
-    writer = vtkPNGWriter()
-    writer.SetFileName(os.fspath(path))
-    writer.SetInputData(image)
-    writer.Write()
-    if writer.GetErrorCode():
-        raise OSError(f"Cannot write {path}.")
+        panel[row - 6 : row + 1, end : end + 2] = INK
+    draw_text(panel, row - 16, 16 + length // 2, text, 14, align="center")

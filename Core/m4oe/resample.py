@@ -20,6 +20,7 @@ from .spec import IntensityRule
 CANONICAL_AXES = "LPS"
 _SAMPLE_VOXELS = 2_000_000
 _HU_OFFSET = 1024.0
+_AIR_HU, _AIR_SHARE = -200.0, 0.005  # some MR has a few values as low, by resampling
 _SCORES_AT_ONCE = 1 << 22
 
 
@@ -45,7 +46,7 @@ def modality_evidence(volume: Volume) -> Evidence:
     sample = _finite_sample(volume.to_axes(CANONICAL_AXES).array)
     if sample.size == 0 or volume.modality == "MR":
         return Evidence(volume.modality or "MR", certain=volume.modality is not None)
-    if sample.min() <= -200:
+    if np.mean(sample <= _AIR_HU) > _AIR_SHARE:
         return Evidence("CT", certain=True)
     if _looks_like_offset_hu(sample):
         doubt = f"values look like HU + {_HU_OFFSET:.0f}; {_HU_OFFSET:.0f} was subtracted"

@@ -75,6 +75,7 @@ def a_series(
     uid: str = "1.2.3",
     modality: str = "CT",
     name: str = "",
+    thickness: str = "",
 ) -> Path:
     """Writes one axial DICOM slice, filled with its number, at each position."""
     folder.mkdir(exist_ok=True)
@@ -85,6 +86,7 @@ def a_series(
         slice_.SetSpacing((0.5, 0.5, 2.0))
         tags = {"0008|0060": modality, "0020|000d": "1.2", "0020|000e": uid, "0008|0018": f"{uid}.{number}"}
         tags |= {"0020|0032": "\\".join(map(str, position)), "0020|0037": "1\\0\\0\\0\\1\\0", "0008|103e": name}
+        tags |= {"0018|0050": thickness} if thickness else {}
         for tag, value in (tags | {"0020|0013": str(number)}).items():
             slice_.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{uid}.{number}.dcm"))
@@ -337,6 +339,38 @@ def find_first(folder: Path) -> Path:
 def test_dicom_file_needs_no_suffix(tmp_path: Path) -> None:
     file = find_first(a_series(tmp_path / "scan", [(0, 0, 0)]))
     assert read_volume(file.rename(tmp_path / "IM0001")).modality == "CT"
+
+
+def a_slice(folder: Path, thickness: str) -> Path:
+    """A DICOM file without Spacing Between Slices: where ITK writes it, its tag becomes another one."""
+    file = find_first(a_series(folder, [(1, 2, 3)], thickness=thickness))
+    file.write_bytes(file.read_bytes().replace(b"\x18\x00\x88\x00", b"\x18\x00\x89\x00"))
+    return file
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_slice_alone_is_as_thick_as_its_tag_says(tmp_path: Path, alone: bool) -> None:
+    file = a_slice(tmp_path / "scan", "5.5")
+    grid = read_volume(file if alone else file.parent).grid
+    assert grid.voxel_ml == pytest.approx(0.5 * 0.5 * 5.5 / 1000)
+    np.testing.assert_allclose(
+        grid.affine, TO_LPS @ [[0.5, 0, 0, 1], [0, 0.5, 0, 2], [0, 0, 5.5, 3], [0, 0, 0, 1]], atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("thickness", ["", "0", "-5", "5 mm", "nan"])
+def test_slice_without_valid_thickness_is_one_millimetre_thick(tmp_path: Path, thickness: str) -> None:
+    assert read_volume(a_slice(tmp_path / "scan", thickness)).grid.spacing == pytest.approx((0.5, 0.5, 1))
+
+
+def test_spacing_between_slices_goes_before_their_thickness(tmp_path: Path) -> None:
+    file = find_first(a_series(tmp_path / "scan", [(0, 0, 0)], modality="MR", thickness="5.5"))
+    assert read_volume(file).grid.spacing == pytest.approx((0.5, 0.5, 2))
+
+
+def test_real_slice_alone_is_as_thick_as_its_tag_says(shared_data: Path) -> None:
+    volume = read_volume(shared_data / "ct" / "crlm_1004_dicom" / "1-01.dcm")
+    assert volume.grid.spacing == pytest.approx((0.796875, 0.796875, 5))
 
 
 def test_longest_series_is_read_and_the_others_are_named(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ class MoESwinUNet(nn.Module):
         self.head = nn.Linear(dims[0], classes, bias=False)
         self.fixed_weights: tuple[float, ...] | None = None
         self.apply(_initialise)
+        # With a bias as large as the weighted input, the norm that follows keeps the patch's brightness.
+        nn.init.normal_(self.patch_embed.bias, std=0.5)
 
     def forward(self, x_BSHW: Tensor, weights_BE: Tensor | None = None) -> Tensor:
         """Scores of every class and pixel.
@@ -197,7 +199,7 @@ def _drop_rates(spec: NetworkSpec) -> list[list[float]]:
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

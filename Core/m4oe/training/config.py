@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ..spec import NetworkSpec
 
-STAGES = ("experts", "gate", "joint")
+STAGES = ("dense", "experts", "gate", "joint")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Stage:
     """One part of a run.
 
     Attributes:
-        name: "experts" routes every image to its modality's expert; "gate" trains the gate alone to tell modalities
+        name: "dense" trains one network for all modalities, of which every expert starts as a copy; "experts" routes every image to its modality's expert; "gate" trains the gate alone to tell modalities
             apart; "joint" trains all together, weighed by the gate.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.
@@ -54,9 +54,10 @@ class TrainConfig:
     unseen: int = 5
     images: int = 4
     stages: tuple[Stage, ...] = (
-        Stage("experts", 5000, 1e-3),
-        Stage("gate", 300, 1e-3),
-        Stage("joint", 600, 1e-4),
+        Stage("dense", 2400, 1.5e-3),
+        Stage("experts", 1400, 7e-4),
+        Stage("gate", 200, 2e-3),
+        Stage("joint", 200, 1e-4),
     )
     weight_decay: float = 0.02
     seed: int = 0
@@ -74,5 +75,10 @@ QUICK = TrainConfig(
     crop=80,
     phantoms=8,
     unseen=1,
-    stages=(Stage("experts", 350, 3e-3), Stage("gate", 60, 3e-3), Stage("joint", 40, 3e-4)),
+    stages=(
+        Stage("dense", 220, 2e-3),
+        Stage("experts", 100, 1e-3),
+        Stage("gate", 60, 5e-3),
+        Stage("joint", 20, 2e-4),
+    ),
 )

@@ -1,4 +1,4 @@
-"""The training loop: experts by modality, then the gate, then all together."""
+"""The training loop: one dense network, its copies as experts by modality, then the gate, then all together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation import dice_scores
-from ..network.unet import MoESwinUNet
+from ..network.unet import MoESwinUNet, upcycle
 from ..package import save_model
 from ..predictor import Predictor, bfloat16_is_faster
 from ..spec import ExpertSpec, IntensityRule, ModelSpec
@@ -32,7 +32,6 @@ GATE_SHARE = 0.1  # weight of the gate's loss in the joint stage
 _WARM_UP = 0.05
 _CLIP = 1.0
 _LOG_EVERY = 20
-_SAVE_EVERY = 500
 _UNSEEN_SEEDS = 1_000_000
 
 
@@ -64,11 +63,13 @@ def train_on_phantoms(config: TrainConfig, folder: Path, on_event: Callable[[Eve
         spec = phantom_spec(config)
         torch.manual_seed(config.seed)
         cases = list(_phantom_cases(config, spec, emit))
-        network = MoESwinUNet(config.network, len(spec.structures) + 1)
+        network = MoESwinUNet(replace(config.network, experts=1, top_k=0), len(spec.structures) + 1)
         rng = np.random.default_rng(config.seed)
         stream = batches(cases, config.images, config.crop, config.network.channels, rng)
         for stage in config.stages:
-            _run_stage(network, stage, stream, config, emit, lambda: save_model(model, network, spec))
+            if stage.name != "dense" and network.spec.experts == 1:
+                network = upcycle(network, config.network)
+            _run_stage(network, stage, stream, config, emit)
         save_model(model, network, spec)
         spec = replace(spec, scores=score_on_phantoms(model, config, emit))
         save_model(model, network, spec)
@@ -128,10 +129,9 @@ def _run_stage(
     stream: Iterator[Batch],
     config: TrainConfig,
     emit: Callable[[Event], None],
-    save: Callable[[], None],
 ) -> None:
     parameters = _trained_parameters(network, stage)
-    optimiser = torch.optim.AdamW(parameters, stage.learning_rate, weight_decay=config.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(parameters, stage.learning_rate, (0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, stage.steps))
     network.train()
     trial = next(stream)
@@ -149,8 +149,6 @@ def _run_stage(
         if step % _LOG_EVERY == 0 or step == stage.steps:
             emit(_step_event(stage, step, recent, time.perf_counter() - start))
             recent.clear()
-        if step % _SAVE_EVERY == 0:
-            save()
     network.eval()
 
 
@@ -164,6 +162,8 @@ def _losses(network: MoESwinUNet, stage: Stage, batch: Batch) -> dict[str, Tenso
     if stage.name == "gate":
         return {"gate": gate_loss(network.gate_logits(batch.images_BSHW), batch.experts_B)}
     annotated_BK = torch.ones(len(batch.experts_B), network.classes, dtype=torch.bool)
+    if stage.name == "dense":
+        return {"segmentation": segmentation_loss(network(batch.images_BSHW), batch.labels_BHW, annotated_BK)}
     if stage.name == "experts":
         weights_BE = torch.nn.functional.one_hot(batch.experts_B, network.spec.experts).float()
         scores_BHWK = network(batch.images_BSHW, weights_BE)

@@ -1,0 +1,57 @@
+"""Imports point down only, and a light file loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import m4oe
+import pytest
+
+PACKAGE = Path(m4oe.__file__).parent
+LAYERS = (
+    ("__init__", "labels", "spec"),
+    ("geometry", "nifti", "files", "nodes"),
+    ("network", "resample", "package", "cleanup", "predictor"),
+    ("evaluation", "training"),
+    ("raster", "preview", "__main__"),
+)
+HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")
+ALLOWED = {0: (), 1: ("numpy", "SimpleITK", "nrrd"), 2: tuple(set(HEAVY) - {"vtk", "slicer"})}
+
+
+def layer_of(module: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if module.split(".")[0] in names)
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Modules of the package that a file imports, at any place in it, by their dotted names."""
+    folder = file.relative_to(PACKAGE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = folder[: len(folder) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {".".join((*above, name)) for name in names if name != "__version__"}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(file: Path) -> None:
+    own = layer_of(file.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."))
+    assert [module for module in imported_modules(file) if layer_of(module) > own] == []
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_layer_loads_only_its_own_libraries(layer: int) -> None:
+    names = [f"m4oe.{name}" for name in LAYERS[layer] if name != "__init__"]
+    code = f"import sys, {', '.join(names)}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) <= set(ALLOWED[layer])
+
+
+def test_slicer_is_not_needed_to_import_the_nodes_file() -> None:
+    code = "import sys, m4oe.nodes; sys.exit('slicer' in sys.modules or 'vtk' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

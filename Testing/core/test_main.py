@@ -1,0 +1,698 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import m4oe
+import nrrd
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from m4oe.__main__ import main
+from m4oe.files import read_volume
+from m4oe.geometry import Grid, Volume
+from m4oe.network.unet import MoESwinUNet
+from m4oe.package import save_model
+from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.training import phantom as phantoms
+from scipy.ndimage import gaussian_filter
+
+SPEC = ModelSpec(
+    name="tiny",
+    version="1",
+    network=NetworkSpec(experts=2, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, top_k=1),
+    structures=("liver", "spleen", "liver_tumor"),
+    experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR")),
+    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
+    pixel_mm=2.0,
+    slice_mm=3.0,
+    limits="Knows nothing.",
+    scores={"ct": {"liver": 0.9}},
+)
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_model(path, a_network(SPEC), SPEC)
+    return path
+
+
+@pytest.fixture
+def segment(model: Path, tmp_path: Path) -> Command:
+    """Runs `m4oe segment` with the tiny model into the folder "out"."""
+    common = ["-o", str(tmp_path / "out"), "--model", str(model), "--device", "cpu"]
+    return lambda *arguments: main(["segment", *map(str, arguments), *common])
+
+
+def a_network(spec: ModelSpec) -> MoESwinUNet:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = MoESwinUNet(spec.network, len(spec.structures) + 1)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return network
+
+
+def an_image(*shape: int) -> sitk.Image:
+    field = gaussian_filter(np.random.default_rng(0).standard_normal(shape or (8, 16, 20)), 1.5)
+    image = sitk.GetImageFromArray((4000 * field).astype(np.int16))
+    image.SetSpacing([1.5] * len(field.shape))
+    return image
+
+
+def saved(path: Path, image: sitk.Image | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image or an_image(), str(path))
+    return path
+
+
+def a_dicom_series(folder: Path) -> Path:
+    image = an_image()
+    for index in range(image.GetSize()[2]):
+        plane = image[:, :, index]
+        tags = {
+            "0008|0060": "CT",
+            "0020|000e": "1.2.3",
+            "0020|000d": "1.2",
+            "0020|0032": f"0\\0\\{2 * index}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0013": str(index),
+        }
+        for tag, value in tags.items():
+            plane.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{index}.dcm"))
+        folder.mkdir(parents=True, exist_ok=True)
+        writer.Execute(plane)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "volumes.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def the_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if not line.startswith("m4oe: warning: ")]
+    assert len(errors) == 1 and errors[0].startswith("m4oe: error: "), lines
+    return errors[0].removeprefix("m4oe: error: ")
+
+
+# ---- what comes out
+
+
+def test_a_result_lies_on_the_grid_of_its_input(segment: Command, tmp_path: Path) -> None:
+    source = saved(tmp_path / "CT.nii.gz")
+    assert segment(source) == 0
+    labels, volume = read_volume(tmp_path / "out" / "CT.seg.nrrd"), read_volume(source)
+    assert labels.grid.is_close(volume.grid) and labels.array.any()
+    assert names(tmp_path / "out") == ["CT.seg.nrrd", "volumes.csv", "volumes.json"]
+
+
+def test_the_tables_hold_the_volumes_of_the_labels(segment: Command, tmp_path: Path) -> None:
+    segment(saved(tmp_path / "CT.nii.gz"))
+    labels = read_volume(tmp_path / "out" / "CT.seg.nrrd")
+    counts = np.bincount(labels.array.ravel(), minlength=4)[1:] * 1.5**3 / 1000
+    expected = {key: count for key, count in zip(SPEC.structures, counts, strict=True) if count}
+    table = {row["structure"]: float(row["volume_ml"]) for row in rows(tmp_path / "out")}
+    assert table == pytest.approx(expected, abs=0.005)
+    report = json.loads((tmp_path / "out" / "volumes.json").read_text())["CT"]
+    assert report["volumes_ml"] == pytest.approx(expected) and report["model"] == "tiny 1"
+
+
+@pytest.mark.parametrize("suffix", ["nii.gz", "nrrd", "mha"])
+def test_every_format_holds_the_same_labels(segment: Command, tmp_path: Path, suffix: str) -> None:
+    source = saved(tmp_path / "CT.nii.gz")
+    assert segment(source) == segment(source, "--format", suffix) == 0
+    expected, labels = (read_volume(tmp_path / "out" / f"CT.{kind}") for kind in ("seg.nrrd", suffix))
+    assert np.array_equal(labels.array, expected.array) and labels.grid.is_close(expected.grid)
+    assert "CT.csv" in names(tmp_path / "out")
+
+
+def test_a_preview_is_a_picture(segment: Command, tmp_path: Path) -> None:
+    assert segment(saved(tmp_path / "CT.nii.gz"), "--preview") == 0
+    assert (tmp_path / "out" / "CT.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_folders_and_dicom_are_segmented_together(segment: Command, tmp_path: Path) -> None:
+    saved(tmp_path / "many" / "b.mha")
+    saved(tmp_path / "many" / "a.nrrd")
+    series = a_dicom_series(tmp_path / "1.2.840.113")
+    single = saved(tmp_path / "patient.007.nii.gz")
+    assert segment(single, tmp_path / "many", series, single) == 0
+    found = [name for name in names(tmp_path / "out") if name.endswith(".seg.nrrd")]
+    assert found == [f"{name}.seg.nrrd" for name in ("1.2.840.113", "a", "b", "patient.007")]
+
+
+def test_inputs_of_one_name_are_told_apart_by_their_folders(segment: Command, tmp_path: Path) -> None:
+    assert segment(saved(tmp_path / "x" / "CT.nii.gz"), saved(tmp_path / "y" / "CT.nii.gz")) == 0
+    assert {row["case"] for row in rows(tmp_path / "out")} == {"x_CT_nii_gz", "y_CT_nii_gz"}
+
+
+def test_inputs_that_would_share_a_file_are_refused(
+    segment: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(saved(tmp_path / "x" / "a" / "CT.mha"), saved(tmp_path / "y" / "a" / "CT.mha")) == 2
+    assert "would be written as a_CT_mha" in the_error(capsys)
+
+
+def test_a_colour_table_does_not_take_the_name_of_the_volumes(segment: Command, tmp_path: Path) -> None:
+    assert segment(saved(tmp_path / "in" / "volumes.nrrd"), "--format", "mha") == 0
+    assert names(tmp_path / "out") == ["in_volumes_nrrd.csv", "in_volumes_nrrd.mha", "volumes.csv", "volumes.json"]
+
+
+def test_paths_may_have_spaces_and_any_letters(segment: Command, tmp_path: Path) -> None:
+    assert segment(saved(tmp_path / "Bäuche 腹 o" / "Müller, J. 1.nii.gz")) == 0
+    assert "Müller, J. 1.seg.nrrd" in names(tmp_path / "out")
+    assert {row["case"] for row in rows(tmp_path / "out")} == {"Müller, J. 1"}
+
+
+def test_only_the_wanted_structures_and_the_named_expert_are_used(segment: Command, tmp_path: Path) -> None:
+    assert segment(saved(tmp_path / "CT.nii.gz"), "--expert", "mr", "--structures", "spleen") == 0
+    assert {row["structure"] for row in rows(tmp_path / "out")} == {"spleen"}
+    report = json.loads((tmp_path / "out" / "volumes.json").read_text())["CT"]
+    assert report["expert_weights"] == {"ct": 0, "mr": 1}
+
+
+def test_a_chosen_frame_of_a_4d_volume_is_segmented(segment: Command, tmp_path: Path) -> None:
+    image = an_image()
+    source = saved(tmp_path / "time.nii.gz", sitk.JoinSeries([image * 0, image]))
+    assert segment(source, "--frame", "1") == segment(saved(tmp_path / "CT.nii.gz", image)) == 0
+    chosen, alone = (read_volume(tmp_path / "out" / f"{name}.seg.nrrd").array for name in ("time", "CT"))
+    assert np.array_equal(chosen, alone)
+
+
+def test_a_later_run_keeps_the_rows_of_the_earlier_one(segment: Command, tmp_path: Path) -> None:
+    assert segment(saved(tmp_path / "a.nrrd")) == segment(saved(tmp_path / "b.nrrd")) == 0
+    assert {row["case"] for row in rows(tmp_path / "out")} == {"a", "b"}
+    assert segment(tmp_path / "a.nrrd", "--structures", "spleen") == 0
+    assert {row["structure"] for row in rows(tmp_path / "out") if row["case"] == "a"} == {"spleen"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"weight": 70}}', '{"a": {"volumes_ml": {"heart of gold": 1}}}'])
+def test_a_table_of_somebody_else_is_left_alone(
+    segment: Command, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.json").write_text(text)
+    assert segment(saved(tmp_path / "CT.nii.gz")) == 2
+    assert "volumes.json is not what m4oe writes" in the_error(capsys)
+    assert names(tmp_path / "out") == ["volumes.json"] and (tmp_path / "out" / "volumes.json").read_text() == text
+
+
+# ---- bad inputs
+
+
+def nothing(path: Path) -> Path:
+    return path
+
+
+def empty(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def truncated(path: Path) -> Path:
+    data = saved(path).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def text_file(path: Path) -> Path:
+    path.write_text("Dear colleague, thank you for the images.\n" * 100)
+    return path
+
+
+def four_frames(path: Path) -> Path:
+    return saved(path, sitk.JoinSeries([an_image()] * 4))
+
+
+def zero_spacing(path: Path) -> Path:
+    data = bytearray(saved(path).read_bytes())
+    data[80:84] = struct.pack("<f", 0)
+    path.write_bytes(data)
+    return path
+
+
+def colours(path: Path) -> Path:
+    return saved(path, sitk.Compose([sitk.Cast(an_image(), sitk.sitkUInt8)] * 3))
+
+
+def huge(path: Path) -> Path:
+    data = bytearray(saved(path).read_bytes())
+    data[42:48] = struct.pack("<3h", 32767, 32767, 32767)
+    path.write_bytes(data)
+    return path
+
+
+def far_offset(path: Path) -> Path:
+    data = bytearray(saved(path).read_bytes())
+    data[108:112] = struct.pack("<f", float("inf"))
+    path.write_bytes(data)
+    return path
+
+
+def no_images(path: Path) -> Path:
+    path.mkdir()
+    (path / "notes.txt").touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name", "message"),
+    [
+        (nothing, "bad.nii.gz", "no file or folder"),
+        (empty, "bad.nii.gz", "empty"),
+        (truncated, "bad.nii.gz", "damaged or incomplete"),
+        (truncated, "bad.nii", "bytes of voxels, expected"),
+        (truncated, "bad.nrrd", "damaged, incomplete"),
+        (truncated, "bad.mha", "damaged, incomplete"),
+        (text_file, "bad.nii.gz", "not a NIfTI"),
+        (text_file, "bad.nrrd", "damaged, incomplete or not what its name says"),
+        (text_file, "bad.dcm", "damaged, incomplete or not what its name says"),
+        (text_file, "bad.txt", "kind is unknown, expected DICOM or .nii.gz"),
+        (four_frames, "bad.nii.gz", "4 frames, choose one from 0 to 3"),
+        (four_frames, "bad.nrrd", "4 frames, choose one from 0 to 3"),
+        (zero_spacing, "bad.nii", "spacing is 0 x 1.5 x 1.5 mm, expected above zero"),
+        (colours, "bad.mha", "3 values per voxel"),
+        (huge, "bad.nii", ""),
+        (no_images, "bad", "No image found"),
+    ],
+)
+def test_a_bad_input_is_named_and_does_not_stop_the_others(
+    segment: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], Path],
+    name: str,
+    message: str,
+) -> None:
+    bad = spoil(tmp_path / name)
+    assert segment(saved(tmp_path / "a.mha"), bad, saved(tmp_path / "z.mha")) == 1
+    error = the_error(capsys)
+    assert str(bad) in error and message in error
+    assert names(tmp_path / "out") == ["a.seg.nrrd", "volumes.csv", "volumes.json", "z.seg.nrrd"]
+
+
+def test_nothing_to_segment_leaves_no_folder(segment: Command, tmp_path: Path) -> None:
+    assert segment(tmp_path / "none.nii.gz") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_never_replaces_an_input(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path / "CT.nii.gz")
+    before = source.read_bytes()
+    options = ["-o", str(tmp_path / "x" / ".."), "--model", str(model)]
+    (tmp_path / "x").mkdir()
+    assert main(["segment", str(source), "--format", "nii.gz", *options]) == 1
+    error = the_error(capsys)
+    assert str(source) in error and "another --format" in error
+    assert source.read_bytes() == before and names(tmp_path) == ["CT.nii.gz", "x"]
+
+
+# ---- bad models and options
+
+
+def header_changed(path: Path, **changes: Any) -> None:
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    header["__metadata__"]["m4oe"] = json.dumps(json.loads(header["__metadata__"]["m4oe"]) | changes)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+
+def newer(path: Path) -> None:
+    header_changed(path, format_version=FORMAT_VERSION + 1)
+
+
+def misfit(path: Path) -> None:
+    save_model(path, a_network(SPEC), replace(SPEC, structures=("liver",)))
+
+
+def not_a_model(path: Path) -> None:
+    path.write_bytes(b"PK\x03\x04" + bytes(1000))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damaged(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 255
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut_short, "truncated"),
+        (not_a_model, "not a model file"),
+        (newer, f"format {FORMAT_VERSION + 1} is newer than {FORMAT_VERSION}"),
+        (misfit, "does not fit its own description"),
+        (damaged, "does not match its checksum"),
+        (Path.unlink, "cannot be read: No such file"),
+    ],
+)
+def test_a_bad_model_is_named_and_nothing_is_written(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    bad = Path(shutil.copy(model, tmp_path / "bad.safetensors"))
+    spoil(bad)
+    source = saved(tmp_path / "CT.nii.gz")
+    assert main(["segment", str(source), "-o", str(tmp_path / "out"), "--model", str(bad)]) == 2
+    error = the_error(capsys)
+    assert str(bad) in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--expert", "pet"), "expert 'pet' is unknown; tiny has: ct, mr"),
+        (("--structures", "liver", "lung"), "structure lung is unknown; tiny has: liver, spleen, liver_tumor"),
+        (("--device", "tpu"), "device 'tpu' is not available; this machine has: "),
+        (("--model", "huge"), "model 'huge' is not installed; installed: "),
+    ],
+)
+def test_an_unknown_choice_is_answered_with_the_known_ones(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], message: str
+) -> None:
+    source = saved(tmp_path / "CT.nii.gz")
+    assert main(["segment", str(source), "-o", str(tmp_path / "out"), "--model", str(model), *option]) == 2
+    assert the_error(capsys).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["segment"], ["segment", "x", "-o", "y", "--format", "stl"], ["sing"]])
+def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: m4oe" in capsys.readouterr().err
+
+
+def test_without_vtk_a_preview_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['vtkmodules'] = None; from m4oe.__main__ import main; sys.exit(main())"
+    arguments = ["segment", saved(tmp_path / "CT.nii.gz"), "-o", tmp_path / "out", "--model", model]
+    process = python("-c", code, *arguments, "--preview")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "needs VTK" in errors and "pip install vtk" in errors
+    assert len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
+    process = python("-c", code, *arguments)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_missing_package_is_named(
+    segment: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert segment(saved(tmp_path / "CT.nii.gz")) == 2
+    assert "tqdm" in the_error(capsys)
+
+
+# ---- places that cannot be written
+
+
+@pytest.mark.parametrize("place", ["{here}/CT.nii.gz", "{here}/CT.nii.gz/deeper", "/proc/m4oe", "/dev/full"])
+@pytest.mark.parametrize("command", ["segment", "demo"])
+def test_a_folder_that_cannot_be_written_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, command: str
+) -> None:
+    source, out = saved(tmp_path / "CT.nii.gz"), place.format(here=tmp_path)
+    before = source.read_bytes()
+    inputs = [str(source)] if command == "segment" else ["--input", str(source)]
+    assert main([command, *inputs, "-o", out, "--model", str(model)]) == 2
+    assert the_error(capsys).startswith(f"cannot write into {out} (")
+    assert source.read_bytes() == before and names(tmp_path) == ["CT.nii.gz"]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 200 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", ["seg.nrrd", "nii.gz", "mha", "nrrd"])
+def test_a_full_disk_leaves_no_half_written_file(
+    segment: Command, tmp_path: Path, suffix: str, request: pytest.FixtureRequest
+) -> None:
+    source = saved(tmp_path / "CT.nii.gz")
+    request.getfixturevalue("full_disk")
+    assert segment(source, "--format", suffix) == 1
+    assert names(tmp_path / "out") == []
+
+
+# ---- interruption
+
+
+def half_written(path: str, *given: object, **options: object) -> None:
+    Path(path).write_bytes(b"NRRD0005")
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_what_was_done(
+    segment: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = iter([nrrd.write, half_written])
+    monkeypatch.setattr(nrrd, "write", lambda *given, **options: next(steps)(*given, **options))
+    assert segment(*(saved(tmp_path / f"{name}.mha") for name in "abc")) == 130
+    assert "interrupted" in the_error(capsys)
+    assert names(tmp_path / "out") == ["a.seg.nrrd", "volumes.csv", "volumes.json"]
+    assert {row["case"] for row in rows(tmp_path / "out")} == {"a"}
+
+
+SLOW_WRITER = """
+import sys, time, pathlib, nrrd
+from m4oe.__main__ import main
+def write(path, *given, **options):
+    pathlib.Path(path).write_bytes(b"NRRD0005")
+    print("writing", flush=True)
+    time.sleep(60)
+nrrd.write = write
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_middle_of_writing_leaves_no_file(
+    model: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    arguments = ["segment", saved(tmp_path / "CT.nii.gz"), "-o", tmp_path / "out", "--model", model]
+    with python("-c", SLOW_WRITER, *arguments) as process:
+        assert process.stdout.readline() == "writing\n"
+        assert len(names(tmp_path / "out")) == 1
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and names(tmp_path / "out") == []
+    assert errors == "m4oe: error: interrupted; files already written are complete\n"
+
+
+# ---- as a program
+
+
+def python(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """A Python of its own that finds m4oe."""
+    environment = os.environ | {"PYTHONPATH": str(Path(m4oe.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
+    return subprocess.Popen([sys.executable, *map(str, arguments)], **given)
+
+
+def test_exit_codes_tell_scripts_what_happened(model: Path, tmp_path: Path) -> None:
+    out = ["-o", tmp_path / "out", "--model", model]
+    commands = [(0, ["info", model]), (1, ["segment", tmp_path / "none", *out]), (2, ["info", tmp_path / "none"])]
+    for code, arguments in commands:
+        process = python("-m", "m4oe", *arguments)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code and len(errors.splitlines()) == (code > 0), errors
+
+
+LIGHT = """
+import sys
+from m4oe.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+sys.exit(" ".join({"torch", "numpy", "SimpleITK", "vtkmodules", "tqdm"} & set(sys.modules)) or 0)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["models"], ["info"]])
+def test_looking_around_loads_no_heavy_package(model: Path, arguments: list[str]) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(m4oe.__file__).parents[1]), "M4OE_MODELS": str(model.parent)}
+    given = ["info", str(model)] if arguments == ["info"] else arguments
+    process = python("-c", LIGHT, *given, env=environment)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "") and ("tiny" in output or "usage: m4oe" in output)
+
+
+def test_a_terminal_shows_phase_and_percentage(model: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    arguments = ["segment", saved(tmp_path / "CT.nii.gz"), "-o", tmp_path / "out", "--model", model]
+    process = python("-m", "m4oe", *arguments, stderr=theirs)
+    output, _ = process.communicate(timeout=60)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours), os.close(theirs)
+    assert process.returncode == 0 and "CT" in shown and "100%" in shown and ", segment" in shown
+    assert output.startswith("CT: ") and "1 of 1 segmented" in output
+
+
+def test_without_a_terminal_there_is_no_bar(
+    segment: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    segment(saved(tmp_path / "CT.nii.gz"))
+    assert all(line.startswith("m4oe: warning: CT: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = python("-m", "m4oe", "info", model, stdout=writer)
+    os.close(writer)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (141, "")
+
+
+def test_letters_that_the_terminal_lacks_are_no_error(model: Path, tmp_path: Path) -> None:
+    path = shutil.copy(model, tmp_path / "腹.safetensors")
+    environment = os.environ | {"PYTHONPATH": str(Path(m4oe.__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    process = python("-m", "m4oe", "info", path, env=environment)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "") and "\\u8179.safetensors" in output
+
+
+# ---- models and info
+
+
+def test_models_are_listed_and_a_bad_one_does_not_hide_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("M4OE_MODELS", str(tmp_path))
+    shutil.copy(model, tmp_path / "tiny.safetensors")
+    assert main(["models"]) == 0
+    (tmp_path / "a.safetensors").touch()
+    assert main(["models"]) == 1
+    output, errors = capsys.readouterr()
+    assert output.count("tiny  version 1, 3 structures, experts ct, mr") == 2 and "a.safetensors" in errors
+
+
+def test_info_shows_limits_and_scores(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny 1") and "Knows nothing." in lines
+    assert [line.split() for line in lines if line.startswith("liver ")] == [["liver", "0.900", "-"]]
+
+
+# ---- demo and train
+
+
+@pytest.fixture
+def demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs `m4oe demo` with the tiny model on a tiny phantom into the folder "out"."""
+
+    def make_phantom(seed: int, modality: str) -> phantoms.Phantom:
+        assert (seed, modality) == (7, "ct")
+        array = sitk.GetArrayFromImage(an_image())
+        grid = Grid(array.shape, np.diag([1.5, 1.5, 1.5, 1]))
+        truth = np.zeros(array.shape, np.uint8)
+        for key, planes in {"liver": slice(2, 5), "spleen": slice(5, 6), "aorta": slice(6, 7)}.items():
+            truth[planes] = phantoms.STRUCTURES.index(key) + 1
+        return phantoms.Phantom(Volume(array, grid, modality="CT"), Volume(truth, grid), modality)
+
+    monkeypatch.setattr(phantoms, "make_phantom", make_phantom)
+    common = ["-o", str(tmp_path / "out"), "--model", str(model), "--device", "cpu", "--seed", "7"]
+    return lambda *arguments: main(["demo", *map(str, arguments), *common])
+
+
+def test_the_demo_compares_by_structure_and_says_where_the_files_are(
+    demo: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo() == 0
+    labels, truth = (read_volume(tmp_path / "out" / f"phantom_ct{end}.seg.nrrd").array for end in ("", "_truth"))
+    pairs = {"Liver": (1, "liver"), "Spleen": (2, "spleen")}
+    output = capsys.readouterr().out
+    for name, (label, key) in pairs.items():
+        found, expected = labels == label, truth == phantoms.STRUCTURES.index(key) + 1
+        dice = 2 * (found & expected).sum() / (found.sum() + expected.sum())
+        assert f"  {name:<24}{dice:6.3f}\n" in output
+    assert "Aorta" not in output and str(tmp_path / "out") in output
+    assert all(phase in output for phase in ("prepare", "network", "upsample", "cleanup"))
+    assert {"phantom_ct.png", "volumes.csv", "volumes.json"} < set(names(tmp_path / "out"))
+
+
+def test_the_demo_compares_only_what_was_asked_for(demo: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo("--structures", "liver") == 0
+    output = capsys.readouterr().out
+    assert "Liver" in output and "Spleen" not in output
+
+
+def test_the_demo_takes_an_input(demo: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo("--input", saved(tmp_path / "CT.nii.gz"), "--modality", "x-ray") == 0
+    assert names(tmp_path / "out") == ["CT.png", "CT.seg.nrrd", "volumes.csv", "volumes.json"]
+    assert "Dice" not in capsys.readouterr().out
+
+
+def test_an_unknown_phantom_is_refused_with_the_choices(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--model", str(model), "-o", str(tmp_path / "out"), "--modality", "x-ray"]) == 2
+    assert "'x-ray'; choose one of ct, mr_t1, mr_t2, mr_t1ce" in the_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_refuses_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--phantoms", "--quick", "-o", str(saved(tmp_path / "CT.mha"))]) == 2
+    assert "CT.mha (" in the_error(capsys)
+
+
+def test_training_shows_its_steps_and_the_scores_of_its_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from m4oe.training import loop
+
+    def train(config: Any, folder: Path, on_event: Callable[[dict[str, Any]], None]) -> Path:
+        assert (config.seed, config.phantoms < 60) == (3, True)
+        on_event({"event": "phantoms", "made": 20, "of": 32})
+        step = {"event": "step", "stage": "dense", "step": 20, "steps": 60, "loss": {"gate": 0.5}, "seconds": 3.2}
+        on_event(step)
+        return model
+
+    monkeypatch.setattr(loop, "train_on_phantoms", train)
+    assert main(["train", "--phantoms", "--quick", "--seed", "3", "-o", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "phantoms 20/32\ndense 20/60: loss gate 0.500; 3 s\n" in output
+    assert "liver                        0.900         -" in output and f"model: {model}" in output
