@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import os
 import re
@@ -30,13 +29,15 @@ if TYPE_CHECKING:
     from .predictor import Predictor
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha")
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     options = _parser().parse_args(arguments)
-    if arguments is None:
-        _set_up_process()
+    if arguments is None:  # as a program
+        signal.signal(signal.SIGTERM, _interrupt)
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths may hold any letter
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -45,29 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ImportError as error:
-        return _say_error(f"{error}; install M4oE together with the packages it needs", 2)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return _say_error(
+            f"a package is missing or broken ({error}); pip install it, for a preview: pip install vtk", 2
+        )
+    except FAILURES as error:
         return _say_error(error, 2)
     except KeyboardInterrupt as stop:
         return _say_error("interrupted; files already written are complete", *(stop.args or (130,)))
 
 
-def _set_up_process() -> None:
-    """Lets SIGTERM end the run as Ctrl-C does, and paths be printed whose letters the terminal lacks."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(128 + number)
-
-    signal.signal(signal.SIGTERM, interrupt)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+def _interrupt(number: int, frame: object) -> None:
+    """Ends the run at SIGTERM as Ctrl-C does, so that no half-written file stays."""
+    raise KeyboardInterrupt(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="m4oe",
-        description="Multi-organ and lesion segmentation of CT and MR. Research use, not a medical device.",
-    )
+    purpose = "Segments organs and lesions in CT and MR. Research use, not a medical device."
+    parser = argparse.ArgumentParser(prog="m4oe", description=purpose)
     parser.add_argument("--version", action="version", version=f"m4oe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -128,7 +123,7 @@ def _segment(options: argparse.Namespace) -> int:
                     raise ValueError("its result would replace it; choose another folder or another --format")
                 _segment_volume(predictor, read_volume(path, options.frame), name, options, reports)
                 done += 1
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            except FAILURES as error:
                 _say_error(error if str(path) in str(error) else f"{path}: {error}", 1)
     print(f"{done} of {total} segmented; results are in {options.output}")
     return int(done < total)
@@ -168,10 +163,7 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         spec.expert_index(options.expert)
     spec.labels_of(options.structures or [])
     if options.preview:
-        try:
-            from . import preview  # noqa: F401
-        except ImportError as error:
-            raise RuntimeError(f"the preview needs VTK, which cannot be loaded ({error}); pip install vtk") from error
+        from . import preview  # noqa: F401
     from .predictor import Predictor
 
     return Predictor(options.model, options.device)
@@ -245,12 +237,10 @@ def _tables(folder: Path) -> Iterator[dict[str, Any]]:
         yield reports
     finally:
         if reports:
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(reports, indent=2), encoding="utf-8")
-            with (
-                atomic_write(path.with_suffix(".csv")) as temporary,
-                temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-            ):
+            with atomic_write(path) as new:
+                new.write_text(json.dumps(reports, indent=2), encoding="utf-8")
+            table, bytes_of_paths = path.with_suffix(".csv"), "surrogateescape"
+            with atomic_write(table) as new, new.open("w", newline="", encoding="utf-8", errors=bytes_of_paths) as file:
                 csv.writer(file).writerows([("case", "structure", "name", "volume_ml"), *_rows(reports)])
 
 
@@ -263,30 +253,30 @@ def _rows(reports: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _models(options: argparse.Namespace) -> int:
-    bad = 0
-    for path in installed_models():
+    code, paths = 0, installed_models()
+    for path in paths:
         try:
             spec = read_spec(path)
+            kind = f"{len(spec.structures)} structures, experts {', '.join(spec.expert_names)}"
+            print(f"{path.stem}  version {spec.version}, {kind}, {path.stat().st_size / 1e6:.1f} MB  {path}")
         except ValueError as error:
-            bad = _say_error(error, 1)
-            continue
-        print(f"{path.stem}  version {spec.version}, {len(spec.structures)} structures, ", end="")
-        print(f"experts {', '.join(spec.expert_names)}, {path.stat().st_size / 1e6:.1f} MB  {path}")
-    if not installed_models():
+            code = _say_error(error, 1)
+    if not paths:
         print(f"no model is installed; they are looked for in {' and '.join(map(str, model_folders()))}")
-    return bad
+    return code
 
 
 def _info(options: argparse.Namespace) -> int:
     path = find_model(options.model)
     spec = read_spec(path)
-    print(f"{spec.name} {spec.version}  {path}")
-    print("".join(f"{text}\n" for text in (spec.description, spec.limits) if text), end="")
-    print(f"licence: {spec.licence or 'not given'}")
-    for key, value in spec.training.items():
-        print(f"training {key}: {value}")
-    print(f"input: {spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker\n")
-    print(_score_table(spec))
+    facts = {
+        "licence": spec.licence or "not given",
+        **{f"training {key}": value for key, value in spec.training.items()},
+    }
+    lines = [f"{spec.name} {spec.version}  {path}", spec.description, spec.limits]
+    lines += [f"{key}: {value}" for key, value in facts.items()]
+    lines.append(f"input: {spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker\n")
+    print("\n".join(line for line in (*lines, _score_table(spec)) if line))
     return 0
 
 
@@ -314,10 +304,8 @@ def _train(options: argparse.Namespace) -> int:
 def _print_event(event: Mapping[str, Any]) -> None:
     if event["event"] == "step":
         losses = ", ".join(f"{key} {value:.3f}" for key, value in event["loss"].items())
-        print(
-            f"{event['stage']} {event['step']}/{event['steps']}: loss {losses}; {event['seconds']:.0f} s",
-            flush=True,
-        )
+        step = f"{event['stage']} {event['step']}/{event['steps']}"
+        print(f"{step}: loss {losses}; {event['seconds']:.0f} s", flush=True)
     elif event["event"] == "phantoms":
         print(f"phantoms {event['made']}/{event['of']}", flush=True)
 
