@@ -15,8 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
 
-demo: .venv/installed ## segment a made-up volume and draw it, into build/demo
-	$(BIN)/m4oe demo -o build/demo
+demo: .venv/installed ## segment a made-up volume, or INPUT=file, and draw it, into build/demo
+	$(BIN)/m4oe demo -o build/demo $(if $(INPUT),--input "$(INPUT)")
 
 test: test-core test-nodes test-nodes-stable ## run all tests
 
@@ -34,6 +34,7 @@ train: .venv/installed ## train a model on made-up volumes, into build/train
 
 benchmark: .venv/installed ## measure speed and memory
 	$(BIN)/python Testing/benchmarks/inference.py
+	$(BIN)/python Testing/benchmarks/memory.py
 
 format: .venv/installed-test ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix-only --quiet

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from slicer import vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode
 
 
+_MISSING = (
+    "The Python package {name} is missing. Install PyTorch with the extension PyTorch, then, in the Python console: "
+    "slicer.util.pip_install('connected-components-3d psutil safetensors tqdm pynrrd')"
+)
+
+
 class M4oESegmentation(ScriptedLoadableModule):
     """Introduces the module to Slicer."""
 
@@ -80,7 +86,7 @@ class M4oESegmentationLogic(ScriptedLoadableModuleLogic):
 
         Args:
             volumeNode: A CT or MR volume.
-            segmentationNode: Takes the result; its segments that are not structures of the model stay.
+            segmentationNode: Takes the result; its segments that are none of the structures wanted stay.
             model: Name of an installed model or path of a model file; None takes the one that M4oE brings.
             expert: "auto" lets the gate decide; the name of an expert overrules it.
             structures: Keys of the structures wanted, such as "liver"; None takes all of the model.
@@ -94,7 +100,8 @@ class M4oESegmentationLogic(ScriptedLoadableModuleLogic):
 
         volume = volume_from_node(volumeNode)
         predictor = self._predictorOf(model)
-        structureOfLabel = predictor.spec.label_keys
+        wanted = predictor.spec.structures if structures is None else structures
+        structureOfLabel = {label: key for label, key in predictor.spec.label_keys.items() if key in wanted}
         check_segmentation_node(segmentationNode, volumeNode, structureOfLabel.values())
         labels, report = predictor(volume, expert, structures, progress, cancelled)
         segmentation_to_node(labels, structureOfLabel, segmentationNode, volumeNode, report.model)
@@ -112,8 +119,10 @@ class M4oESegmentationLogic(ScriptedLoadableModuleLogic):
     def _newPredictor(self, model: Path | str) -> Predictor:
         if self._predictorFactory is not None:
             return self._predictorFactory(model)
-        from m4oe.predictor import Predictor
-
+        try:
+            from m4oe.predictor import Predictor
+        except ImportError as error:
+            raise RuntimeError(_MISSING.format(name=error.name)) from error
         return Predictor(model)
 
 
@@ -126,12 +135,15 @@ class M4oESegmentationTest(ScriptedLoadableModuleTest):
 
     def test_phantomBecomesSegments(self) -> None:
         """The model that comes with M4oE finds a phantom's liver."""
-        if importlib.util.find_spec("torch") is None:
-            self.skipTest("PyTorch is not installed")
+        missing = [
+            name for name in ("torch", "cc3d", "psutil", "safetensors") if importlib.util.find_spec(name) is None
+        ]
+        if missing:
+            self.skipTest(f"not installed: {', '.join(missing)}")
         import numpy as np
         from m4oe.training.phantom import STRUCTURES, make_phantom
 
-        phantom = make_phantom(0, "ct")
+        phantom = make_phantom(2026, "ct")
         volumeNode = slicer.util.addVolumeFromArray(
             phantom.image.array, ijkToRAS=phantom.image.grid.affine, name="phantom"
         )

@@ -57,6 +57,8 @@ def read_volume(path: str | os.PathLike[str], frame: int | None = None) -> Volum
             volume = _read(path, frame)
     except ValueError as error:
         raise ValueError(f"Cannot read {path}: {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"Cannot read {path}: there is not enough memory for it, or its header is damaged.") from error
     except RuntimeError as error:  # ITK's own message is a trace of its source code
         raise ValueError(f"Cannot read {path}: it is damaged, incomplete or not what its name says.") from error
     if not are_orthogonal(volume.grid.direction):

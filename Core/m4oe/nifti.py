@@ -121,6 +121,8 @@ def _header(data: bytes) -> tuple[Any, str]:
     count, sizes = int(header["dim"][0]), header["dim"][1:]
     if not 2 <= count <= 7 or (sizes[:count] < 1).any() or (sizes[4:count] > 1).any():
         raise ValueError(f"its size is {sizes[: max(count, 1)].tolist()}, expected 2 to 4 dimensions.")
+    if not 0 <= header["vox_offset"] < 2**31:
+        raise ValueError(f"its voxels begin at byte {header['vox_offset']:g}, expected a place in the file.")
     check_spacing(header["pixdim"][1 : 1 + min(count, 3)])
     return header, order
 

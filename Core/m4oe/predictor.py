@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from .labels import structure
 from .network.moe import keep_top_k
 from .network.unet import MoESwinUNet
 from .package import load_model
-from .resample import CanonicalVolume, Evidence, LabelPainter, modality_evidence
+from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, LabelPainter, modality_evidence
 from .spec import DEFAULT_MODEL, find_model
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -37,7 +38,7 @@ class Report:
     """What a prediction did and what to watch for.
 
     Attributes:
-        expert_weights: Weights that were used, by expert.
+        expert_weights: Weights that were used, by expert; equal where the gate decides per token or channel.
         seconds: Wall time by phase.
         peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
         volumes_ml: Volume of each structure that was found.
@@ -60,18 +61,38 @@ class Report:
 
 @dataclass
 class _Phases:
-    """Adds up time and memory by phase."""
+    """Adds up the time of each phase and watches its memory, a hundred times a second."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
+    current: str = "prepare"
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, self.current = time.perf_counter(), name
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.memory[name] = max(self.memory.get(name, 0.0), _memory_mib(self.device))
+        self._look()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                self._look()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+    def _look(self) -> None:
+        self.memory[self.current] = max(self.memory.get(self.current, 0.0), _memory_mib(self.device))
 
 
 class Predictor:
@@ -126,26 +147,26 @@ class Predictor:
         phases = _Phases(self.device)
         progress = progress or (lambda phase, fraction: None)
         progress("prepare", 0.0)
-        with phases("prepare"):
-            evidence = modality_evidence(volume)
-            canonical = self._canonical(volume, evidence, forced)
-        with phases("route"):
-            weights, doubts = self._route(canonical, evidence, forced)
-            network = self._select(weights, forced)
-            precision = self._choose_precision(network, canonical)
-        labels = np.zeros(canonical.source.grid.shape, np.uint8 if len(self.spec.structures) < 256 else np.uint16)
-        for fraction in self._paint(network, precision, canonical, labels, phases):
-            progress("segment", fraction)
-            if cancelled is not None and cancelled():
-                raise Cancelled("segmentation was cancelled; nothing was written")
-        with phases("cleanup"):
-            counts = self._clean(labels, keep, volume.grid.voxel_ml)
+        with phases.watched():
+            with phases("prepare"):
+                evidence = modality_evidence(volume)
+                canonical = self._canonical(volume, evidence, forced)
+            with phases("route"):
+                weights, doubts = self._route(canonical, evidence, forced)
+                network = self._select(weights, forced)
+                precision = self._choose_precision(network, canonical)
+            found = np.zeros(volume.array.shape, np.uint8 if len(self.spec.structures) < 256 else np.uint16)
+            labels = Volume(found, volume.grid).to_axes(CANONICAL_AXES).array
+            for fraction in self._paint(network, precision, canonical, labels, phases):
+                progress("segment", fraction)
+                if cancelled is not None and cancelled():
+                    raise Cancelled("segmentation was cancelled; nothing was written")
+            with phases("cleanup"):
+                counts = self._clean(labels, keep, volume.grid.voxel_ml)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
         warnings = (*volume.warnings, *doubts, *_volume_warnings(volumes, cut))
-        result = Volume(labels, canonical.source.grid).to_axes(volume.grid.axes)
-        report = self._report(phases, precision, weights, volumes, warnings)
-        return Volume(result.array, volume.grid, volume.name), report
+        return Volume(found, volume.grid, volume.name), self._report(phases, precision, weights, volumes, warnings)
 
     def _report(
         self,
@@ -301,7 +322,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def _memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.memory_allocated(device) / 2**20
     return psutil.Process().memory_info().rss / 2**20
 
 

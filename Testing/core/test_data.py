@@ -49,9 +49,8 @@ def a_volume(array: NDArray[np.generic], spacing: float = 1.0) -> Volume:
 
 def a_case(labels: NDArray[np.uint8], expert: int = 0) -> Case:
     """A case whose image is 1 in every structure and 0 elsewhere."""
-    canonical = torch.from_numpy(labels)
     slices_of = {int(n): np.flatnonzero((labels == n).any(axis=(1, 2))) for n in np.unique(labels) if n}
-    return Case((canonical > 0).half(), canonical, expert, slices_of)
+    return Case((labels > 0).astype(np.float16), labels, np.ones(labels.max() + 1, bool), expert, slices_of)
 
 
 def blocks(slices: int = 4) -> NDArray[np.uint8]:
@@ -71,23 +70,32 @@ def test_a_case_is_what_prediction_sees() -> None:
         a_volume(rng.integers(0, 3, (5, 12, 14)).astype(np.uint8)),
     )
     for expert, modality in enumerate(("CT", "MR")):
-        case = make_case(image, labels, SPEC, expert)
+        case = make_case(image, labels, SPEC.structures, SPEC, expert)
         canonical = CanonicalVolume(image, 2.0, 3.0, SPEC.intensity[modality])
-        assert case.expert == expert and case.image_ZHW.dtype == torch.float16
-        assert torch.equal(case.image_ZHW, canonical.slices(0, 5).half())
+        assert case.expert == expert and case.image_ZHW.dtype == np.float16
+        assert np.array_equal(case.image_ZHW, canonical.slices(0, 5).half().numpy())
+        assert case.annotated_K.all()
         assert np.array_equal(case.labels_ZHW, canonical.labels(labels))
 
 
 def test_a_case_knows_which_slices_show_a_structure() -> None:
     labels = np.zeros((5, 4, 4), np.uint8)
     labels[1:3, 1, 1], labels[3, 2:, 2:] = 2, 1
-    case = make_case(a_volume(labels.astype(np.int16), 2.0), a_volume(labels, 2.0), SPEC, 0)
+    case = make_case(a_volume(labels.astype(np.int16), 2.0), a_volume(labels, 2.0), SPEC.structures, SPEC, 0)
     assert {key: value.tolist() for key, value in case.slices_of.items()} == {1: [3], 2: [1, 2]}
+
+
+def test_a_batch_says_which_classes_each_image_knows() -> None:
+    labels = np.zeros((5, 4, 4), np.uint8)
+    image = a_volume(labels.astype(np.int16), 2.0)
+    case = make_case(image, a_volume(labels, 2.0), SPEC.structures[1:], SPEC, 0)
+    known = next(stream([case], images=2)).annotated_BK
+    assert known.tolist() == 2 * [[True, False, *[True] * (len(SPEC.structures) - 1)]]
 
 
 def test_an_image_and_labels_of_two_grids_are_no_case() -> None:
     with pytest.raises(ValueError, match="another grid"):
-        make_case(a_volume(np.zeros((5, 4, 4))), a_volume(np.zeros((4, 4, 4), np.uint8)), SPEC, 0)
+        make_case(a_volume(np.zeros((5, 4, 4))), a_volume(np.zeros((4, 4, 4), np.uint8)), SPEC.structures, SPEC, 0)
 
 
 def test_batches_hold_as_many_images_of_each_expert_in_their_order() -> None:
@@ -130,7 +138,7 @@ def test_augmentation_differs_from_image_to_image() -> None:
 def test_without_a_move_the_crop_is_cut_out_of_the_middle() -> None:
     case = a_case(np.random.default_rng(0).integers(0, 3, (3, 40, 48)).astype(np.uint8))
     image, labels = data._augmented(case, 1, 40, 3, Middle(np.random.PCG64(0)))
-    assert torch.equal(labels, case.labels_ZHW[1, :, 4:44].long())
+    assert np.array_equal(labels, case.labels_ZHW[1, :, 4:44])
     assert torch.equal(image[1] > 0.5, labels > 0)
 
 
@@ -156,8 +164,8 @@ def test_neighbours_are_the_channels_as_in_prediction(monkeypatch: pytest.Monkey
     monkeypatch.setattr(data, "_NOISE", 0.0)
     monkeypatch.setattr(data, "_GAMMA", (1.0, 1.0))
     levels = np.arange(5, dtype=np.float32) / 10 + 0.2
-    image = torch.from_numpy(levels)[:, None, None].expand(5, 8, 8).half()
-    case = Case(image, torch.zeros(5, 8, 8, dtype=torch.uint8), 0, {})
+    image = np.broadcast_to(levels[:, None, None], (5, 8, 8)).astype(np.float16)
+    case = Case(image, np.zeros((5, 8, 8), np.uint8), np.ones(1, bool), 0, {})
     rng = Middle(np.random.PCG64(0))
     for index, expected in ((0, (0, 0, 1)), (2, (1, 2, 3)), (4, (3, 4, 4))):
         found, _ = data._augmented(case, index, 8, 3, rng)

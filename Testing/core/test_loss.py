@@ -33,27 +33,30 @@ def dice_loss(probability: Tensor, labels: Tensor) -> float:
     return sum(losses) / len(losses) if losses else 0.0
 
 
-def weighted_entropy(scores: Tensor, labels: Tensor) -> float:
-    """Mean surprise, in which a pixel weighs by one over the root of the number of its class."""
+def weighted_entropy(scores: Tensor, labels: Tensor, balance: float) -> float:
+    """Mean surprise, in which a pixel weighs by the number of its class to the power of minus `balance`."""
     sizes = {label: int((labels == label).sum()) for label in labels.flatten().tolist()}
-    weights = torch.tensor([sizes[label] ** -0.5 for label in labels.flatten().tolist()])
+    weights = torch.tensor([sizes[label] ** -balance for label in labels.flatten().tolist()])
     surprise = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), reduction="none")
     return float((weights * surprise).sum() / weights.sum())
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 9999), st.integers(2, 6))
-def test_the_loss_is_cross_entropy_plus_dice(seed: int, classes: int) -> None:
+@given(st.integers(0, 9999), st.integers(2, 6), st.sampled_from([0.0, 0.5, 1.0]))
+def test_the_loss_is_cross_entropy_plus_dice(seed: int, classes: int, balance: float) -> None:
     scores, labels = some(seed, classes)
-    expected = weighted_entropy(scores, labels) + dice_loss(scores.softmax(-1), labels)
-    assert float(segmentation_loss(scores, labels, everything(scores))) == pytest.approx(expected, rel=1e-5)
+    expected = weighted_entropy(scores, labels, balance) + dice_loss(scores.softmax(-1), labels)
+    found = float(segmentation_loss(scores, labels, everything(scores), balance))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_structures_that_are_absent_add_nothing() -> None:
     scores, labels = some(0)
     labels.clamp_(max=1)
     loss = segmentation_loss(scores, labels, everything(scores))
-    assert float(loss) == pytest.approx(weighted_entropy(scores, labels) + dice_loss(scores.softmax(-1), labels), rel=1e-5)
+    assert float(loss) == pytest.approx(
+        weighted_entropy(scores, labels, 0.0) + dice_loss(scores.softmax(-1), labels), rel=1e-5
+    )
 
 
 def test_background_alone_is_plain_cross_entropy() -> None:

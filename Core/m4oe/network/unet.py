@@ -60,8 +60,6 @@ class MoESwinUNet(nn.Module):
         self.head = nn.Linear(dims[0], classes, bias=False)
         self.fixed_weights: tuple[float, ...] | None = None
         self.apply(_initialise)
-        # With a bias as large as the weighted input, the norm that follows keeps the patch's brightness.
-        nn.init.normal_(self.patch_embed.bias, std=0.5)
 
     def forward(self, x_BSHW: Tensor, weights_BE: Tensor | None = None) -> Tensor:
         """Scores of every class and pixel.
@@ -198,6 +196,9 @@ def _drop_rates(spec: NetworkSpec) -> list[list[float]]:
 
 
 def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d) and module.bias is not None:
+        # With a bias as large as the weighted input, the norm that follows keeps the patch's brightness.
+        nn.init.normal_(module.bias, std=0.5)
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -5,7 +5,7 @@ Shape suffixes: Z slice, H and W row and column, B image, S slice channel (a sli
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,36 +31,49 @@ class Case:
     Attributes:
         image_ZHW: Intensities in [0, 1], float16.
         labels_ZHW: Label map, uint8.
+        annotated_K: Which classes its annotators drew; the others are unknown, not background.
         expert: Index of the expert of its modality.
         slices_of: Slices that show a structure, by label.
     """
 
-    image_ZHW: Tensor
-    labels_ZHW: Tensor
+    image_ZHW: np.ndarray
+    labels_ZHW: np.ndarray
+    annotated_K: np.ndarray
     expert: int
     slices_of: dict[int, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, S, H, W] in [0, 1], labels [B, H, W] (int64), and the expert of each image's modality [B]."""
+    """Images in [0, 1], labels (int64), the classes known in each image, and the expert of its modality."""
 
     images_BSHW: Tensor
     labels_BHW: Tensor
+    annotated_BK: Tensor
     experts_B: Tensor
 
 
-def make_case(image: Volume, labels: Volume, spec: ModelSpec, expert: int) -> Case:
-    """Brings a labelled volume to the canonical grid, in the way prediction does."""
+def make_case(image: Volume, labels: Volume, annotated: Sequence[str], spec: ModelSpec, expert: int) -> Case:
+    """Brings a labelled volume to the canonical grid, in the way prediction does.
+
+    Args:
+        image: CT in HU or MR.
+        labels: Label map on the image's grid, in the spec's label values.
+        annotated: Keys of the structures that were looked for, found or not.
+        spec: The model that is trained.
+        expert: Index of the expert of the image's modality.
+    """
     rule = spec.intensity[spec.experts[expert].modality]
     canonical = CanonicalVolume(image, spec.pixel_mm, spec.slice_mm, rule)
-    labels_ZHW = torch.from_numpy(canonical.labels(labels))
+    labels_ZHW = canonical.labels(labels)
     shown = {
-        label: (labels_ZHW == label).any(2).any(1).nonzero()[:, 0].numpy()
-        for label in labels_ZHW.unique().tolist()
+        label: np.flatnonzero((labels_ZHW == label).any(axis=(1, 2)))
+        for label in np.unique(labels_ZHW).tolist()
         if label
     }
-    return Case(canonical.slices(0, canonical.shape[0]).half(), labels_ZHW, expert, shown)
+    annotated_K = np.isin(np.arange(len(spec.structures) + 1), [0, *spec.labels_of(annotated)])
+    image_ZHW = canonical.slices(0, canonical.shape[0]).half().numpy()
+    return Case(image_ZHW, labels_ZHW, annotated_K, expert, shown)
 
 
 def batches(cases: list[Case], images: int, crop: int, channels: int, rng: np.random.Generator) -> Iterator[Batch]:
@@ -72,6 +85,7 @@ def batches(cases: list[Case], images: int, crop: int, channels: int, rng: np.ra
         yield Batch(
             torch.stack([image for image, _ in pairs]),
             torch.stack([labels for _, labels in pairs]),
+            torch.from_numpy(np.stack([case.annotated_K for case in chosen])),
             torch.tensor([case.expert for case in chosen]),
         )
 
@@ -86,7 +100,7 @@ def _pick_slice(case: Case, rng: np.random.Generator) -> int:
 def _augmented(case: Case, index: int, crop: int, channels: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """One slice with its neighbours, turned, zoomed and shifted in one resampling, with another contrast and noise."""
     around = np.clip(np.arange(channels) - channels // 2 + index, 0, len(case.image_ZHW) - 1)
-    image_SHW, labels_HW = case.image_ZHW[around].float(), case.labels_ZHW[index]
+    image_SHW, labels_HW = torch.from_numpy(case.image_ZHW[around]).float(), torch.from_numpy(case.labels_ZHW[index])
     grid = _sampling_grid(labels_HW.shape[0], labels_HW.shape[1], crop, rng)
     image_SHW = F.grid_sample(image_SHW[None], grid, align_corners=False)[0]
     labels = F.grid_sample(labels_HW[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -70,6 +71,8 @@ def train_on_phantoms(config: TrainConfig, folder: Path, on_event: Callable[[Eve
             if stage.name != "dense" and network.spec.experts == 1:
                 network = upcycle(network, config.network)
             _run_stage(network, stage, stream, config, emit)
+        if network.spec.experts == 1:
+            network = upcycle(network, config.network)
         save_model(model, network, spec)
         spec = replace(spec, scores=score_on_phantoms(model, config, emit))
         save_model(model, network, spec)
@@ -79,8 +82,8 @@ def train_on_phantoms(config: TrainConfig, folder: Path, on_event: Callable[[Eve
 def phantom_spec(config: TrainConfig) -> ModelSpec:
     """The spec of a model trained on phantoms, before it has scores."""
     return ModelSpec(
-        name="m4oe-demo",
-        version=f"0.1.{config.seed}",
+        name=config.name,
+        version="0.1.0",
         network=replace(config.network, drop_path=0.0),
         structures=STRUCTURES,
         experts=tuple(
@@ -106,7 +109,7 @@ def phantom_spec(config: TrainConfig) -> ModelSpec:
 
 
 def score_on_phantoms(model: Path, config: TrainConfig, emit: Callable[[Event], None]) -> dict[str, dict[str, float]]:
-    """Mean Dice per expert and structure on phantoms that training never saw, routed by the gate."""
+    """Mean Dice per expert and structure on phantoms that training never saw, routed as any volume is."""
     predictor = Predictor(model, device="cpu")
     scores: dict[str, dict[str, float]] = {}
     for modality in MODALITIES:
@@ -131,17 +134,20 @@ def _run_stage(
     emit: Callable[[Event], None],
 ) -> None:
     parameters = _trained_parameters(network, stage)
-    optimiser = torch.optim.AdamW(parameters, stage.learning_rate, (0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    optimiser = torch.optim.AdamW(
+        parameters, stage.learning_rate, (0.9, 0.95), weight_decay=config.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, stage.steps))
     network.train()
     trial = next(stream)
-    bfloat16 = bfloat16_is_faster(lambda: _backward(network, stage, trial), torch.device("cpu"))
+    bfloat16 = bfloat16_is_faster(lambda: _losses(network, stage, trial), torch.device("cpu"))
     start, recent = time.perf_counter(), []
     for step in range(1, stage.steps + 1):
         batch = next(stream)
         optimiser.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            losses = _backward(network, stage, batch)
+            losses = _losses(network, stage, batch)
+        torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
         schedule.step()
@@ -152,26 +158,23 @@ def _run_stage(
     network.eval()
 
 
-def _backward(network: MoESwinUNet, stage: Stage, batch: Batch) -> dict[str, Tensor]:
-    losses = _losses(network, stage, batch)
-    torch.stack(list(losses.values())).sum().backward()
-    return losses
-
-
 def _losses(network: MoESwinUNet, stage: Stage, batch: Batch) -> dict[str, Tensor]:
     if stage.name == "gate":
         return {"gate": gate_loss(network.gate_logits(batch.images_BSHW), batch.experts_B)}
-    annotated_BK = torch.ones(len(batch.experts_B), network.classes, dtype=torch.bool)
+
+    def segmentation(scores_BHWK: Tensor) -> Tensor:
+        return segmentation_loss(scores_BHWK, batch.labels_BHW, batch.annotated_BK, stage.balance)
+
     if stage.name == "dense":
-        return {"segmentation": segmentation_loss(network(batch.images_BSHW), batch.labels_BHW, annotated_BK)}
+        return {"segmentation": segmentation(network(batch.images_BSHW))}
     if stage.name == "experts":
         weights_BE = torch.nn.functional.one_hot(batch.experts_B, network.spec.experts).float()
-        scores_BHWK = network(batch.images_BSHW, weights_BE)
-        return {"segmentation": segmentation_loss(scores_BHWK, batch.labels_BHW, annotated_BK)}
+        return {"segmentation": segmentation(network(batch.images_BSHW, weights_BE))}
+    # Soft weights over all experts, though prediction keeps the best: renormalised top-1 is the constant 1, through
+    # which the segmentation would teach the gate nothing.
     logits_BE = network.gate_logits(batch.images_BSHW)
-    scores_BHWK = network(batch.images_BSHW, logits_BE.softmax(-1))
     return {
-        "segmentation": segmentation_loss(scores_BHWK, batch.labels_BHW, annotated_BK),
+        "segmentation": segmentation(network(batch.images_BSHW, logits_BE.softmax(-1))),
         "gate": GATE_SHARE * gate_loss(logits_BE, batch.experts_B),
     }
 
@@ -210,14 +213,19 @@ def _step_event(stage: Stage, step: int, recent: list[dict[str, Tensor]], second
 def _phantom_cases(config: TrainConfig, spec: ModelSpec, emit: Callable[[Event], None]) -> Iterator[Case]:
     """Training phantoms of every modality, made on all cores."""
     jobs = [(seed, expert, spec) for seed in range(config.phantoms) for expert in range(len(MODALITIES))]
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_start_worker) as pool:
         for number, case in enumerate(pool.map(_phantom_case, jobs, chunksize=4), start=1):
             if number % 20 == 0 or number == len(jobs):
                 emit({"event": "phantoms", "made": number, "of": len(jobs)})
             yield case
 
 
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what an interruption means
+    torch.set_num_threads(1)
+
+
 def _phantom_case(job: tuple[int, int, ModelSpec]) -> Case:
     seed, expert, spec = job
     phantom = make_phantom(seed, MODALITIES[expert])
-    return make_case(phantom.image, phantom.labels, spec, expert)
+    return make_case(phantom.image, phantom.labels, STRUCTURES, spec, expert)

@@ -29,17 +29,17 @@ def known_scores(scores_BHWK: Tensor, annotated_BK: Tensor) -> Tensor:
     return torch.cat([background_BHW1, structures], dim=-1)
 
 
-def segmentation_loss(scores_BHWK: Tensor, labels_BHW: Tensor, annotated_BK: Tensor) -> Tensor:
+def segmentation_loss(scores_BHWK: Tensor, labels_BHW: Tensor, annotated_BK: Tensor, balance: float = 0.0) -> Tensor:
     """Cross-entropy plus one minus the Dice of the batch, over the structures that are in it.
 
-    Dice is summed over the batch, so that a structure that most slices lack does not add a constant. In the
-    cross-entropy a class weighs by one over the root of its pixels: unweighted, the background is 95 % of it and
-    a network learns nothing else for a thousand steps.
+    Dice is summed over the batch, so that a structure that most slices lack does not add a constant.
 
     Args:
         scores_BHWK: Scores before softmax.
         labels_BHW: Class of each pixel (int64).
         annotated_BK: Whether class k is annotated in image b.
+        balance: A pixel's weight in the cross-entropy is its class's number of pixels to the power of minus this.
+            At 0 the background is 95 % of it, and a new network learns nothing else for hundreds of steps.
     """
     log_PK = known_scores(scores_BHWK.float(), annotated_BK).log_softmax(-1).flatten(0, 2)
     probability_PK = log_PK.exp()
@@ -48,7 +48,7 @@ def segmentation_loss(scores_BHWK: Tensor, labels_BHW: Tensor, annotated_BK: Ten
     hit_P = probability_PK.gather(1, truth_P1)[:, 0]
     both_K = hit_P.new_zeros(classes).index_add(0, truth_P1[:, 0], hit_P)
     truth_K = torch.bincount(truth_P1[:, 0], minlength=classes).to(hit_P)
-    cross_entropy = F.nll_loss(log_PK, truth_P1[:, 0], truth_K.clamp(min=1).rsqrt())
+    cross_entropy = F.nll_loss(log_PK, truth_P1[:, 0], truth_K.clamp(min=1).pow(-balance))
     dice_K = (2 * both_K + 1) / (probability_PK.sum(0) + truth_K + 1)
     present_K = truth_K > 0
     present_K[0] = False
