@@ -100,8 +100,8 @@ class M4oESegmentationLogic(ScriptedLoadableModuleLogic):
 
         volume = volume_from_node(volumeNode)
         predictor = self._predictorOf(model)
-        wanted = predictor.spec.structures if structures is None else structures
-        structureOfLabel = {label: key for label, key in predictor.spec.label_keys.items() if key in wanted}
+        keys = predictor.spec.label_keys
+        structureOfLabel = {label: key for label, key in keys.items() if structures is None or key in structures}
         check_segmentation_node(segmentationNode, volumeNode, structureOfLabel.values())
         labels, report = predictor(volume, expert, structures, progress, cancelled)
         segmentation_to_node(labels, structureOfLabel, segmentationNode, volumeNode, report.model)

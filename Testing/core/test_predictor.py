@@ -156,6 +156,16 @@ def test_an_oblique_volume_gives_the_labels_of_the_straight_one(
     assert labels.grid is grid
 
 
+@pytest.mark.parametrize("degrees", [45, 135, 225, 315])
+def test_a_volume_between_two_axis_orders_comes_back_on_its_grid(predictor: Predictor, degrees: int) -> None:
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("z", degrees, degrees=True).as_matrix()
+    grid = Grid((3, 14, 25), turn @ np.diag([-2.0, -2.0, 3.0, 1.0]))
+    labels, _ = predictor(Volume(np.arange(3 * 14 * 25, dtype=np.int16).reshape(grid.shape), grid))
+    assert labels.array.shape == grid.shape
+    assert labels.grid is grid
+
+
 @pytest.mark.parametrize("kind", [">i2", "<f8", "u2", "i4"])
 def test_the_stored_type_makes_no_difference(predictor: Predictor, kind: str) -> None:
     volume = an_mr()

@@ -60,6 +60,12 @@ def test_volume_node_becomes_segments(logic: Any, volume_node: Any, segmentation
     np.testing.assert_array_equal(spleen, slicer.util.arrayFromVolume(volume_node) > 100)
 
 
+def test_structures_that_were_not_asked_for_stay(logic: Any, volume_node: Any, segmentation_node: Any) -> None:
+    segmentation_node.GetSegmentation().AddEmptySegment("liver", "Liver")
+    logic.process(volume_node, segmentation_node, structures=["spleen"])
+    assert set(segmentation_node.GetSegmentation().GetSegmentIDs()) == {"liver", "spleen"}
+
+
 def test_model_stays_warm_until_another_is_asked_for(
     logic: Any, volume_node: Any, segmentation_node: Any, predictors: type[FakePredictor]
 ) -> None:

@@ -17,7 +17,7 @@ class Stage:
     Attributes:
         name: "dense" trains one network for all modalities, of which every expert starts as a copy; "experts"
             routes every image to its modality's expert; "gate" trains the gate alone to tell modalities apart;
-            "joint" trains all together, weighed by the gate.
+            "joint" trains all together, so that the shared first stage serves the gate as well.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.
         balance: How much more rare classes weigh in the cross-entropy, see `segmentation_loss`: 0.5 to learn fast,
@@ -62,8 +62,8 @@ class TrainConfig:
     stages: tuple[Stage, ...] = (
         Stage("dense", 2400, 1.5e-3),
         Stage("experts", 1400, 7e-4),
-        Stage("gate", 200, 2e-3),
-        Stage("joint", 300, 3e-4, balance=0.0),
+        Stage("gate", 300, 2e-2),
+        Stage("joint", 500, 5e-4, balance=0.0),
     )
     weight_decay: float = 0.02
     seed: int = 0
@@ -81,11 +81,11 @@ QUICK = TrainConfig(
     slice_mm=5.0,
     crop=80,
     phantoms=8,
-    unseen=1,
+    unseen=2,
     stages=(
-        Stage("dense", 220, 2e-3),
-        Stage("experts", 100, 1e-3),
-        Stage("gate", 60, 5e-3),
-        Stage("joint", 40, 5e-4, balance=0.0),
+        Stage("dense", 320, 2e-3),
+        Stage("experts", 140, 1e-3),
+        Stage("gate", 100, 2e-2),
+        Stage("joint", 120, 1e-3, balance=0.0),
     ),
 )

@@ -29,7 +29,6 @@ from .loss import gate_loss, segmentation_loss
 from .phantom import MODALITIES, STRUCTURES, make_phantom
 
 Event = dict[str, Any]
-GATE_SHARE = 0.1  # weight of the gate's loss in the joint stage
 _WARM_UP = 0.05
 _CLIP = 1.0
 _LOG_EVERY = 20
@@ -167,16 +166,12 @@ def _losses(network: MoESwinUNet, stage: Stage, batch: Batch) -> dict[str, Tenso
 
     if stage.name == "dense":
         return {"segmentation": segmentation(network(batch.images_BSHW))}
-    if stage.name == "experts":
-        weights_BE = torch.nn.functional.one_hot(batch.experts_B, network.spec.experts).float()
-        return {"segmentation": segmentation(network(batch.images_BSHW, weights_BE))}
-    # Soft weights over all experts, though prediction keeps the best: renormalised top-1 is the constant 1, through
-    # which the segmentation would teach the gate nothing.
-    logits_BE = network.gate_logits(batch.images_BSHW)
-    return {
-        "segmentation": segmentation(network(batch.images_BSHW, logits_BE.softmax(-1))),
-        "gate": GATE_SHARE * gate_loss(logits_BE, batch.experts_B),
-    }
+    # Hard routing, as prediction keeps one expert: soft weights would let the experts lean on each other.
+    weights_BE = torch.nn.functional.one_hot(batch.experts_B, network.spec.experts).float()
+    losses = {"segmentation": segmentation(network(batch.images_BSHW, weights_BE))}
+    if stage.name == "joint":
+        losses["gate"] = gate_loss(network.gate_logits(batch.images_BSHW), batch.experts_B)
+    return losses
 
 
 def _trained_parameters(network: MoESwinUNet, stage: Stage) -> list[torch.nn.Parameter]:
