@@ -60,7 +60,7 @@ def keep_top_k(weights: Tensor, top_k: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """Softmax over experts, from the mean and the spread of an image's early features."""
+    """Scores experts by the mean and the spread of an image's early features, wherever there is something to see."""
 
     def __init__(self, dim: int, experts: int) -> None:
         """Builds a router for features of `dim` channels."""
@@ -68,12 +68,20 @@ class Router(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
         self.score = nn.Linear(2 * dim, experts)
 
-    def forward(self, features_BHWC: Tensor) -> Tensor:
-        """Returns the logits [B, E] in float32."""
+    def forward(self, features_BHWC: Tensor, seen_BHW: Tensor) -> Tensor:
+        """Returns the logits [B, E] in float32.
+
+        Args:
+            features_BHWC: Early features.
+            seen_BHW: Whether a token shows something; the field of view and padding must not sway the decision.
+        """
         with torch.autocast(features_BHWC.device.type, enabled=False):
             features_BHWC = features_BHWC.float()
-            spread_BC, mean_BC = torch.std_mean(features_BHWC, dim=(1, 2), correction=0)
-            return self.score(self.norm(torch.cat([mean_BC, spread_BC], dim=1)))
+            share_BHW1 = seen_BHW[..., None].float() + 1e-6  # an empty image counts as a whole
+            share_BHW1 = share_BHW1 / share_BHW1.sum(dim=(1, 2), keepdim=True)
+            mean_BC = (share_BHW1 * features_BHWC).sum(dim=(1, 2))
+            variance_BC = (share_BHW1 * (features_BHWC - mean_BC[:, None, None]) ** 2).sum(dim=(1, 2))
+            return self.score(self.norm(torch.cat([mean_BC, (variance_BC + 1e-6).sqrt()], dim=1)))
 
 
 class MoEFeedForward(nn.Module):

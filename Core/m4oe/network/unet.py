@@ -18,6 +18,8 @@ from ..spec import NetworkSpec
 from .moe import ChannelGateFeedForward, MoEFeedForward, Router, Routing, TokenMoEFeedForward, keep_top_k
 from .swin import PatchExpand, PatchMerging, SwinBlock, unfold_pixels
 
+AIR = 0.05  # intensity, in [0, 1], up to which a patch shows nothing
+
 
 class Stage(nn.ModuleList):
     """Swin blocks at one resolution, every second one shifted."""
@@ -73,7 +75,7 @@ class MoESwinUNet(nn.Module):
         """
         height, width = x_BSHW.shape[-2:]
         first_BHWC = self._first_stage(self._embed(x_BSHW))
-        skips, routing = [first_BHWC], self._routing(first_BHWC, weights_BE)
+        skips, routing = [first_BHWC], self._routing(x_BSHW, first_BHWC, weights_BE)
         for merge, stage in zip(self.merge, list(self.encoder)[1:], strict=True):
             skips.append(stage(merge(skips[-1]), routing))
         x_BHWC = self.bottleneck_norm(skips.pop())
@@ -90,7 +92,7 @@ class MoESwinUNet(nn.Module):
         """
         if self.router is None:
             raise RuntimeError("this network has no image gate: it is dense, or gated per token or channel")
-        return self.router(self._first_stage(self._embed(x_BSHW)))
+        return self.router(self._first_stage(self._embed(x_BSHW)), self._seen(x_BSHW))
 
     def select_experts(self, weights: tuple[float, ...]) -> MoESwinUNet:
         """The network with fixed expert weights, without experts of weight zero; its tensors are shared.
@@ -123,23 +125,29 @@ class MoESwinUNet(nn.Module):
         mixtures = [block.ffn for block in _blocks(self) if len(block.ffn.experts) > 1]
         return [parameter for ffn in mixtures for parameter in ffn.experts[index].parameters()]
 
-    def _embed(self, x_BSHW: Tensor) -> Tensor:
+    def _pad(self, x_BSHW: Tensor) -> Tensor:
         multiple = self.spec.patch << (len(self.spec.depths) - 1)
         height, width = x_BSHW.shape[-2:]
-        x_BCHW = self.patch_embed(F.pad(x_BSHW, (0, -width % multiple, 0, -height % multiple)))
-        return self.patch_norm(x_BCHW.permute(0, 2, 3, 1))
+        return F.pad(x_BSHW, (0, -width % multiple, 0, -height % multiple))
+
+    def _embed(self, x_BSHW: Tensor) -> Tensor:
+        return self.patch_norm(self.patch_embed(self._pad(x_BSHW)).permute(0, 2, 3, 1))
+
+    def _seen(self, x_BSHW: Tensor) -> Tensor:
+        """Whether a patch is brighter than air: [B, H, W] in tokens."""
+        return F.avg_pool2d(self._pad(x_BSHW).mean(1, keepdim=True), self.spec.patch)[:, 0] > AIR
 
     def _first_stage(self, x_BHWC: Tensor) -> Tensor:
         return self.encoder[0](x_BHWC, None)
 
-    def _routing(self, first_BHWC: Tensor, weights_BE: Tensor | None) -> Routing | None:
+    def _routing(self, x_BSHW: Tensor, first_BHWC: Tensor, weights_BE: Tensor | None) -> Routing | None:
         if self.spec.experts == 1 or self.spec.gate != "image":
             return None
         if weights_BE is None and self.fixed_weights is not None:
             weights_BE = first_BHWC.new_tensor(self.fixed_weights).expand(len(first_BHWC), -1)
         if weights_BE is None:
             assert self.router is not None  # an image-gated network without fixed weights has one
-            weights_BE = keep_top_k(self.router(first_BHWC).softmax(-1), self.spec.top_k)
+            weights_BE = keep_top_k(self.router(first_BHWC, self._seen(x_BSHW)).softmax(-1), self.spec.top_k)
         return Routing.of(weights_BE)
 
 

@@ -17,7 +17,8 @@ class Stage:
     Attributes:
         name: "dense" trains one network for all modalities, of which every expert starts as a copy; "experts"
             routes every image to its modality's expert; "gate" trains the gate alone to tell modalities apart;
-            "joint" trains all together, so that the shared first stage serves the gate as well.
+            "joint" trains all together, so that the shared first stage serves the gate as well; a last "gate" fits
+            the gate to what that has left.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.
         balance: How much more rare classes weigh in the cross-entropy, see `segmentation_loss`: 0.5 to learn fast,
@@ -64,6 +65,7 @@ class TrainConfig:
         Stage("experts", 1400, 7e-4),
         Stage("gate", 300, 2e-2),
         Stage("joint", 500, 5e-4, balance=0.0),
+        Stage("gate", 400, 2e-2),
     )
     weight_decay: float = 0.02
     seed: int = 0
@@ -87,5 +89,6 @@ QUICK = TrainConfig(
         Stage("experts", 140, 1e-3),
         Stage("gate", 100, 2e-2),
         Stage("joint", 120, 1e-3, balance=0.0),
+        Stage("gate", 200, 2e-2),
     ),
 )
