@@ -275,7 +275,7 @@ def test_autocast_to_bfloat16_stays_close_and_keeps_the_gate_in_float32(spec: Ne
         assert network.router is None or network.gate_logits(images).dtype == torch.float32
     scores.float().sum().backward()
     exact = network(images)
-    assert (scores.float() - exact).abs().max() < 0.05 * exact.std()  # bfloat16 has 8 bits
+    assert (scores.float() - exact).norm() < 0.05 * exact.norm()  # bfloat16 has 8 bits, and may route a token elsewhere
 
 
 def test_a_network_can_be_trained_after_it_has_predicted() -> None:
