@@ -30,7 +30,7 @@ def imported_modules(file: Path) -> set[str]:
     """Modules of the package that a file imports, at any place in it, by their dotted names."""
     folder = file.relative_to(PACKAGE).parent.parts
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             above = folder[: len(folder) - node.level + 1]
             names = [node.module] if node.module else [alias.name for alias in node.names]

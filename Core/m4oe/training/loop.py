@@ -52,9 +52,9 @@ def train_on_phantoms(config: TrainConfig, folder: Path, on_event: Callable[[Eve
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} already holds a training run; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config.to_json())
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
     model = folder / "model.safetensors"
-    with (folder / "events.jsonl").open("w", buffering=1) as log:
+    with (folder / "events.jsonl").open("w", buffering=1, encoding="utf-8") as log:
 
         def emit(event: Event) -> None:
             log.write(json.dumps(event) + "\n")
