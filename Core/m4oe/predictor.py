@@ -24,7 +24,7 @@ from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, LabelPainter, m
 from .spec import DEFAULT_MODEL, find_model
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-_GATE_SLICES = 8
+_GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.6
 
