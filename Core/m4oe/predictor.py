@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,10 @@ import psutil
 import torch
 
 from .cleanup import remove_islands
-from .geometry import Volume
-from .labels import structure
+from .geometry import Grid, Volume
+from .labels import Structure, structure
 from .network.moe import keep_top_k
-from .network.unet import MoESwinUNet
+from .network.unet import MoESwinUNet, seen_patches
 from .package import load_model
 from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, LabelPainter, modality_evidence
 from .spec import DEFAULT_MODEL, find_model
@@ -27,6 +29,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.6
+_BACKGROUND_SCORE = 20.0  # against 0 of every structure, outside the body
 
 
 class Cancelled(RuntimeError):
@@ -39,7 +42,10 @@ class Report:
 
     Attributes:
         expert_weights: Weights that were used, by expert; equal where the gate decides per token or channel.
-        seconds: Wall time by phase.
+        gate: What the image gate said by itself, by expert: a probability of each; empty where it was not asked.
+        chosen_by: "user" who named the expert, "modality" as the header or HU left no choice or overruled the gate,
+            "gate", or "model" where a model has nothing to choose for the whole volume.
+        seconds: Wall time by phase; a GPU works on while the next phase begins.
         peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
         volumes_ml: Volume of each structure that was found.
         warnings: Sentences for the user.
@@ -49,6 +55,8 @@ class Report:
     device: str
     precision: str
     expert_weights: dict[str, float]
+    gate: dict[str, float]
+    chosen_by: str
     seconds: dict[str, float]
     peak_memory_mib: dict[str, float]
     volumes_ml: dict[str, float]
@@ -57,6 +65,14 @@ class Report:
     def to_json(self) -> str:
         """The report as indented JSON."""
         return json.dumps(asdict(self), indent=2)
+
+
+@dataclass(frozen=True)
+class _Route:
+    weights: tuple[float, ...]
+    gate: tuple[float, ...]
+    chosen_by: str
+    doubts: list[str]
 
 
 @dataclass
@@ -104,7 +120,7 @@ class Predictor:
         Args:
             model: Path of a model file or name of an installed model.
             device: "auto", "cpu", "cuda", "cuda:1", "mps".
-            precision: "float32", "bfloat16", or "auto": bfloat16 where a trial run shows that it is faster.
+            precision: "float32", "bfloat16", or "auto": bfloat16 where a trial shows that it is faster.
 
         Raises:
             ValueError: The model, device or precision does not exist or cannot be used.
@@ -115,7 +131,10 @@ class Predictor:
         self.network, self.spec = load_model(find_model(model), self.device)
         for key in self.spec.structures:
             structure(key)  # cleanup and warnings need it: better refused now than after the work
-        self.precision = precision
+        if precision == "auto":
+            precision = "bfloat16" if bfloat16_is_faster(self.device) else "float32"
+        self.precision = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.network.cast(self.precision)
 
     @torch.inference_mode()
     def __call__(
@@ -152,12 +171,11 @@ class Predictor:
                 evidence = modality_evidence(volume)
                 canonical = self._canonical(volume, evidence, forced)
             with phases("route"):
-                weights, doubts = self._route(canonical, evidence, forced)
-                network = self._select(weights, forced)
-                precision = self._choose_precision(network, canonical)
-            found = np.zeros(volume.array.shape, np.uint8 if len(self.spec.structures) < 256 else np.uint16)
+                route = self._route(canonical, evidence, forced)
+                network = self._select(route.weights, forced)
+            found = np.zeros(volume.array.shape, np.uint8)
             labels = Volume(found, volume.grid).to_axes(CANONICAL_AXES).array
-            for fraction in self._paint(network, precision, canonical, labels, phases):
+            for fraction in self._paint(network, canonical, labels, phases):
                 progress("segment", fraction)
                 if cancelled is not None and cancelled():
                     raise Cancelled("segmentation was cancelled; nothing was written")
@@ -165,22 +183,19 @@ class Predictor:
                 counts = self._clean(labels, keep, volume.grid.voxel_ml)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
-        warnings = (*volume.warnings, *doubts, *_volume_warnings(volumes, cut))
-        return Volume(found, volume.grid, volume.name), self._report(phases, precision, weights, volumes, warnings)
+        warnings = (*volume.warnings, *route.doubts, *_volume_warnings(volumes, cut, volume.grid))
+        return Volume(found, volume.grid, volume.name), self._report(phases, route, volumes, warnings)
 
     def _report(
-        self,
-        phases: _Phases,
-        precision: torch.dtype,
-        weights: tuple[float, ...],
-        volumes_ml: dict[str, float],
-        warnings: tuple[str, ...],
+        self, phases: _Phases, route: _Route, volumes_ml: dict[str, float], warnings: tuple[str, ...]
     ) -> Report:
         return Report(
             model=f"{self.spec.name} {self.spec.version}",
             device=str(self.device),
-            precision=str(precision).removeprefix("torch."),
-            expert_weights=dict(zip(self.spec.expert_names, weights, strict=True)),
+            precision=str(self.precision).removeprefix("torch."),
+            expert_weights=dict(zip(self.spec.expert_names, route.weights, strict=True)),
+            gate=dict(zip(self.spec.expert_names, route.gate, strict=False)),
+            chosen_by=route.chosen_by,
             seconds=dict(phases.seconds),
             peak_memory_mib=dict(phases.memory),
             volumes_ml=volumes_ml,
@@ -193,45 +208,49 @@ class Predictor:
         rule = self.spec.intensity.get(modality) or next(iter(self.spec.intensity.values()))
         return CanonicalVolume(volume, self.spec.pixel_mm, self.spec.slice_mm, rule, evidence.offset, self.device)
 
-    def _route(
-        self, canonical: CanonicalVolume, evidence: Evidence, forced: int | None
-    ) -> tuple[tuple[float, ...], list[str]]:
+    def _route(self, canonical: CanonicalVolume, evidence: Evidence, forced: int | None) -> _Route:
         """Expert weights for the whole volume, and what the user should know about the choice.
 
         A modality that the header or HU prove restricts the gate to its experts.
         """
-        names, doubts = self.spec.expert_names, [evidence.doubt] if evidence.doubt else []
+        names, experts = self.spec.expert_names, self.spec.experts
+        doubts = [evidence.doubt] if evidence.doubt else []
+        says = f"{'its header or HU say' if evidence.certain else 'its intensities suggest'} {evidence.modality}"
         if forced is not None:
-            return tuple(float(index == forced) for index in range(len(names))), doubts
+            if evidence.certain and experts[forced].modality != evidence.modality:
+                doubts.insert(0, f"modality in doubt: {says}, the expert {names[forced]} that you named is for another")
+            return _Route(tuple(float(index == forced) for index in range(len(names))), (), "user", doubts)
         if self.network.router is None:
-            known = sorted({expert.modality for expert in self.spec.experts})
+            known = sorted({expert.modality for expert in experts})
             if evidence.certain and evidence.modality not in known:
-                doubts.append(
-                    f"modality in doubt: its header or HU say {evidence.modality}, "
-                    f"but {self.spec.name} was trained for {' and '.join(known)} alone"
-                )
-            return (1 / len(names),) * len(names), doubts
-        count = canonical.shape[0]
-        stacks = [
-            canonical.stacks(index, index + 1, self.spec.network.channels)
-            for index in np.unique(np.linspace(0, count - 1, _GATE_SLICES).round().astype(int)).tolist()
-        ]
-        logits_E = self.network.gate_logits(torch.cat(stacks)).mean(0)
+                trained = f"{self.spec.name} was trained for {' and '.join(known)} alone"
+                doubts.insert(0, f"modality in doubt: {says}, but {trained}")
+            return _Route((1 / len(names),) * len(names), (), "model", doubts)
+        logits_E = self._gate_logits(canonical)
         free_E = logits_E.softmax(-1)
-        fits = [expert.modality == evidence.modality for expert in self.spec.experts]
-        if evidence.certain and any(fits):
+        fits = [expert.modality == evidence.modality for expert in experts]
+        restricted = evidence.certain and any(fits)
+        if restricted:
             logits_E = logits_E.masked_fill(~torch.tensor(fits, device=logits_E.device), float("-inf"))
         weights_E = logits_E.softmax(-1)
         best, free = int(weights_E.argmax()), int(free_E.argmax())
-        if self.spec.experts[free].modality != evidence.modality:
-            seems = "its header or HU say" if evidence.certain else "its intensities suggest"
-            doubts.append(
-                f"modality in doubt: {seems} {evidence.modality}, the gate says {names[free]}; "
-                f"{names[best]} was used, name another expert if that is wrong"
-            )
+        if experts[free].modality != evidence.modality:
+            used = f"{names[best]} was used, name another expert if that is wrong"
+            doubts.insert(0, f"modality in doubt: {says}, the gate says {names[free]}; {used}")
         elif float(weights_E[best]) < _SURE:
-            doubts.append(f"modality in doubt: the gate gives {names[best]} only {float(weights_E[best]):.0%}")
-        return tuple(keep_top_k(weights_E, self.spec.network.top_k).tolist()), doubts
+            doubts.insert(0, f"modality in doubt: the gate gives {names[best]} only {float(weights_E[best]):.0%}")
+        chosen_by = "modality" if restricted and (sum(fits) == 1 or best != free) else "gate"
+        weights = tuple(keep_top_k(weights_E, self.spec.network.top_k).tolist())
+        return _Route(weights, tuple(free_E.tolist()), chosen_by, doubts)
+
+    def _gate_logits(self, canonical: CanonicalVolume) -> torch.Tensor:
+        """The gate's mean logits [E] over slices from end to end."""
+        chosen = np.linspace(0, canonical.shape[0] - 1, _GATE_SLICES).round().astype(int)
+        channels = self.spec.network.channels
+        stacks = [canonical.stacks(index, index + 1, channels) for index in np.unique(chosen).tolist()]
+        stacks_BSHW = torch.cat(stacks)
+        rows, columns = _body(stacks_BSHW, self.spec.network.patch)
+        return self.network.gate_logits(stacks_BSHW[:, :, rows, columns]).mean(0)
 
     def _select(self, weights: tuple[float, ...], forced: int | None) -> MoESwinUNet:
         """The network reduced to the experts in use; unless forced, token and channel gates keep deciding inside it."""
@@ -239,20 +258,8 @@ class Predictor:
             return self.network
         return self.network.select_experts(weights)
 
-    def _choose_precision(self, network: MoESwinUNet, canonical: CanonicalVolume) -> torch.dtype:
-        if self.precision == "auto":
-            stack = canonical.stacks(0, 1, self.spec.network.channels)
-            faster = bfloat16_is_faster(lambda: network(stack), self.device)
-            self.precision = "bfloat16" if faster else "float32"
-        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-
     def _paint(
-        self,
-        network: MoESwinUNet,
-        precision: torch.dtype,
-        canonical: CanonicalVolume,
-        labels: np.ndarray,
-        phases: _Phases,
+        self, network: MoESwinUNet, canonical: CanonicalVolume, labels: np.ndarray, phases: _Phases
     ) -> Iterator[float]:
         """Fills `labels` slab by slab; yields the fraction done before each slab and at the end."""
         count, batch = canonical.shape[0], _BATCH[self.device.type]
@@ -263,7 +270,7 @@ class Predictor:
             with phases("resample"):
                 stacks = canonical.stacks(start, stop, self.spec.network.channels)
             with phases("network"):
-                scores = _scores(network, stacks, precision)
+                scores = _scores(network, stacks)
             with phases("upsample"):
                 painter.add(scores)
         yield 1.0
@@ -294,22 +301,38 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _scores(network: MoESwinUNet, stacks_BSHW: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
-    with torch.autocast(stacks_BSHW.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        return network(stacks_BSHW).float()
+def _scores(network: MoESwinUNet, stacks_BSHW: torch.Tensor) -> torch.Tensor:
+    """Scores [B, H, W, K] in float32; what lies outside the body is background and costs nothing."""
+    rows, columns = _body(stacks_BSHW, network.spec.patch)
+    inside_BSHW = stacks_BSHW[:, :, rows, columns]
+    scores_BHWK = network(inside_BSHW).float()
+    if inside_BSHW.shape == stacks_BSHW.shape:
+        return scores_BHWK
+    whole_BHWK = scores_BHWK.new_zeros(len(stacks_BSHW), *stacks_BSHW.shape[-2:], network.classes)
+    whole_BHWK[..., 0] = _BACKGROUND_SCORE
+    whole_BHWK[:, rows, columns] = scores_BHWK
+    return whole_BHWK
 
 
-def bfloat16_is_faster(run: Callable[[], object], device: torch.device) -> bool:
-    """Whether `run` is at least a tenth faster under bfloat16 autocast, from the better of two timed runs each.
+def _body(stacks_BSHW: torch.Tensor, patch: int) -> tuple[slice, slice]:
+    """Rows and columns of the box around all patches that are brighter than air."""
+    seen_HW = seen_patches(stacks_BSHW, patch).any(0)
+    ends = [seen_HW.any(axis).nonzero().flatten().tolist() or [0] for axis in (1, 0)]
+    rows, columns = (slice(hits[0] * patch, (hits[-1] + 1) * patch) for hits in ends)
+    return rows, columns
 
-    Measured, not assumed: on a processor without its instructions bfloat16 is several times slower.
+
+@cache
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Whether a product of matrices takes clearly less time in bfloat16 than in float32 on this device.
+
+    Measured, not assumed: on a processor without its instructions bfloat16 is several times slower. The median of
+    alternating trials leaves little to chance, so that a machine computes in the same precision every time.
     """
-    seconds = {}
-    for enabled in (False, True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            run()
-            seconds[enabled] = min(_seconds(run, device) for _ in range(2))
-    return seconds[True] < 0.9 * seconds[False]
+    single = torch.ones(512, 512, device=device)
+    half = single.bfloat16()
+    ratios = sorted(_seconds(lambda: half @ half, device) / _seconds(lambda: single @ single, device) for _ in range(9))
+    return ratios[4] < 0.8
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -338,21 +361,28 @@ def _labels_at_border(labels: np.ndarray) -> list[int]:
     return sorted(found - {0})
 
 
-def _volume_warnings(volumes_ml: dict[str, float], cut: list[str]) -> list[str]:
+def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -> list[str]:
     if not volumes_ml:
         return ["nothing was found: check the field of view, the modality and the model's structures"]
-    named = {key: structure(key) for key in volumes_ml}
+    if min(grid.shape) == 1:
+        thickness = grid.spacing[2 - grid.shape.index(1)]
+        return [f"a single slice: volumes are areas times {thickness:g} mm, and were not compared with patients'"]
+    found = {key: structure(key) for key in volumes_ml}
     warnings = [
-        f"{named[key].name} is cut by the field of view; its volume is a lower bound" for key in cut if key in named
+        f"{item.name} has {_ml(volumes_ml[key])}, outside the {_ml(item.volume_ml[0])} to {_ml(item.volume_ml[2])} "
+        "seen in patients: check it"
+        for key, item in found.items()
+        if item.volume_ml and not _is_plausible(item, volumes_ml[key], key in cut)
     ]
-    for key, found in named.items():
-        if found.volume_ml is None:
-            continue
-        low, _, high = found.volume_ml
-        may_be_small = key in cut or found.volume_depends_on_fov
-        if volumes_ml[key] > high or (volumes_ml[key] < low and not may_be_small):
-            warnings.append(
-                f"{found.name} has {volumes_ml[key]:.1f} mL, "
-                f"outside the {low:g} to {high:g} mL seen in patients: check it"
-            )
+    if names := [found[key].name for key in cut if key in found]:
+        warnings.append(f"cut by the field of view, so that volumes are lower bounds: {', '.join(names)}")
     return warnings
+
+
+def _is_plausible(item: Structure, found_ml: float, cut: bool) -> bool:
+    low, _, high = item.volume_ml or (0.0, 0.0, math.inf)
+    return found_ml <= high and (found_ml >= low or cut or item.volume_depends_on_fov or item.kind == "lesion")
+
+
+def _ml(volume: float) -> str:
+    return f"{volume:.0f} mL" if volume >= 100 else f"{volume:.2g} mL"

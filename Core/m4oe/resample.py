@@ -185,7 +185,7 @@ class LabelPainter:
 
 
 def upsampled_argmax(scores_ZHWK: Tensor, rows_J: Tensor, columns_I: Tensor) -> Tensor:
-    """Best class [Z, J, I] (uint8, or int16 from 256 classes) of scores interpolated bilinearly at rows and columns.
+    """Best class [Z, J, I] (uint8) of scores interpolated bilinearly at rows and columns.
 
     Args:
         scores_ZHWK: Scores on the coarse grid.
@@ -194,7 +194,7 @@ def upsampled_argmax(scores_ZHWK: Tensor, rows_J: Tensor, columns_I: Tensor) -> 
     """
     device = scores_ZHWK.device
     top_J, left_I = rows_J.floor().long().to(device), columns_I.floor().long().to(device)
-    best_ZHW = scores_ZHWK.max(-1).indices.to(torch.uint8 if scores_ZHWK.shape[-1] <= 256 else torch.int16)
+    best_ZHW = scores_ZHWK.max(-1).indices.to(torch.uint8)
     padded = F.pad(best_ZHW[:, None].float(), (0, 1, 0, 1), mode="replicate")[:, 0].to(best_ZHW.dtype)
     mixed_ZHW = (best_ZHW != padded[:, :-1, 1:]) | (best_ZHW != padded[:, 1:, :-1]) | (best_ZHW != padded[:, 1:, 1:])
     labels_ZJI = best_ZHW[:, top_J][:, :, left_I]

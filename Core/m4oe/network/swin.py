@@ -139,12 +139,16 @@ class SwinBlock(nn.Module):
         window = self.window
         shift = tuple(window // 2 if self.shifted and size > window else 0 for size in (height, width))
         mask = attention_mask((height, width), window, (shift[0], shift[1]), x_BHWC.device, torch.float32)
-        x = F.pad(x_BHWC, (0, 0, 0, -width % window, 0, -height % window))
+        x = _pad(x_BHWC, -height % window, -width % window)
         padded = x.shape[1:3]
         x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
         x = window_reverse(self.attn(window_partition(x, window), mask), window, *padded)
         x = x.roll(shift, (1, 2)) if any(shift) else x
         return x[:, :height, :width]
+
+
+def _pad(x_BHWC: Tensor, rows: int, columns: int) -> Tensor:
+    return F.pad(x_BHWC, (0, 0, 0, columns, 0, rows)) if rows or columns else x_BHWC  # F.pad by nothing copies
 
 
 class PatchMerging(nn.Module):
@@ -157,9 +161,10 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Maps [B, H, W, C] to [B, H / 2, W / 2, 2 C]; H and W are even."""
-        batch, height, width, channels = x_BHWC.shape
-        x = x_BHWC.view(batch, height // 2, 2, width // 2, 2, channels)
+        """Maps [B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded up: zeros complete an odd row or column."""
+        x = _pad(x_BHWC, x_BHWC.shape[1] % 2, x_BHWC.shape[2] % 2)
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 

@@ -18,7 +18,7 @@ from ..spec import NetworkSpec
 from .moe import ChannelGateFeedForward, MoEFeedForward, Router, Routing, TokenMoEFeedForward, keep_top_k
 from .swin import PatchExpand, PatchMerging, SwinBlock, unfold_pixels
 
-AIR = 0.05  # intensity, in [0, 1], up to which a patch shows nothing
+_AIR = 0.05  # intensity, in [0, 1], up to which a patch shows nothing
 
 
 class Stage(nn.ModuleList):
@@ -80,9 +80,13 @@ class MoESwinUNet(nn.Module):
             skips.append(stage(merge(skips[-1]), routing))
         x_BHWC = self.bottleneck_norm(skips.pop())
         for expand, skip, stage in zip(self.expand, self.skip, self.decoder, strict=True):
-            x_BHWC = stage(skip(torch.cat([expand(x_BHWC), skips.pop()], dim=-1)), routing)
-        x_BHWC = unfold_pixels(self.final_expand(self.decoder_norm(x_BHWC)), self.spec.patch)
-        return self.head(self.final_norm(x_BHWC[:, :height, :width]))
+            skipped_BHWC = skips.pop()
+            height_of_stage, width_of_stage = skipped_BHWC.shape[1:3]
+            expanded_BHWC = expand(x_BHWC)[:, :height_of_stage, :width_of_stage]
+            x_BHWC = stage(skip(torch.cat([expanded_BHWC, skipped_BHWC], dim=-1)), routing)
+        x_BHWPC = self.final_expand(self.decoder_norm(x_BHWC)).unflatten(-1, (self.spec.patch**2, -1))
+        scores_BHWPK = self.head(self.final_norm(x_BHWPC))  # per pixel, so before they are put in place: K < C
+        return unfold_pixels(scores_BHWPK.flatten(3), self.spec.patch)[:, :height, :width]
 
     def gate_logits(self, x_BSHW: Tensor) -> Tensor:
         """The image gate's logits [B, E] before softmax, from the shared first stage alone.
@@ -92,7 +96,7 @@ class MoESwinUNet(nn.Module):
         """
         if self.router is None:
             raise RuntimeError("this network has no image gate: it is dense, or gated per token or channel")
-        return self.router(self._first_stage(self._embed(x_BSHW)), self._seen(x_BSHW))
+        return self.router(self._first_stage(self._embed(x_BSHW)), seen_patches(x_BSHW, self.spec.patch))
 
     def select_experts(self, weights: tuple[float, ...]) -> MoESwinUNet:
         """The network with fixed expert weights, without experts of weight zero; its tensors are shared.
@@ -120,22 +124,24 @@ class MoESwinUNet(nn.Module):
         selected.fixed_weights = tuple(weights[index] / total for index in chosen) if len(chosen) > 1 else None
         return selected
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Computes in `dtype` from now on, but for the gates: they decide in float32."""
+        self.to(dtype)
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.float()
+            elif isinstance(module, TokenMoEFeedForward):
+                module.gate.float()
+
     def expert_parameters(self, index: int) -> list[nn.Parameter]:
         """Parameters of the expert `index` in all blocks that have several."""
         mixtures = [block.ffn for block in _blocks(self) if len(block.ffn.experts) > 1]
         return [parameter for ffn in mixtures for parameter in ffn.experts[index].parameters()]
 
-    def _pad(self, x_BSHW: Tensor) -> Tensor:
-        multiple = self.spec.patch << (len(self.spec.depths) - 1)
-        height, width = x_BSHW.shape[-2:]
-        return F.pad(x_BSHW, (0, -width % multiple, 0, -height % multiple))
-
     def _embed(self, x_BSHW: Tensor) -> Tensor:
-        return self.patch_norm(self.patch_embed(self._pad(x_BSHW)).permute(0, 2, 3, 1))
-
-    def _seen(self, x_BSHW: Tensor) -> Tensor:
-        """Whether a patch is brighter than air: [B, H, W] in tokens."""
-        return F.avg_pool2d(self._pad(x_BSHW).mean(1, keepdim=True), self.spec.patch)[:, 0] > AIR
+        height, width = x_BSHW.shape[-2:]
+        x = F.pad(x_BSHW, (0, -width % self.spec.patch, 0, -height % self.spec.patch))
+        return self.patch_norm(self.patch_embed(x.to(self.patch_embed.weight.dtype)).permute(0, 2, 3, 1))
 
     def _first_stage(self, x_BHWC: Tensor) -> Tensor:
         return self.encoder[0](x_BHWC, None)
@@ -147,8 +153,14 @@ class MoESwinUNet(nn.Module):
             weights_BE = first_BHWC.new_tensor(self.fixed_weights).expand(len(first_BHWC), -1)
         if weights_BE is None:
             assert self.router is not None  # an image-gated network without fixed weights has one
-            weights_BE = keep_top_k(self.router(first_BHWC, self._seen(x_BSHW)).softmax(-1), self.spec.top_k)
+            logits_BE = self.router(first_BHWC, seen_patches(x_BSHW, self.spec.patch))
+            weights_BE = keep_top_k(logits_BE.softmax(-1), self.spec.top_k)
         return Routing.of(weights_BE)
+
+
+def seen_patches(x_BSHW: Tensor, patch: int) -> Tensor:
+    """Whether a patch of `patch` x `patch` pixels is brighter than air: [B, H / patch, W / patch], rounded up."""
+    return F.avg_pool2d(x_BSHW.mean(1, keepdim=True), patch, ceil_mode=True)[:, 0] > _AIR
 
 
 def upcycle(dense: MoESwinUNet, spec: NetworkSpec) -> MoESwinUNet:

@@ -138,8 +138,7 @@ def _run_stage(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, stage.steps))
     network.train()
-    trial = next(stream)
-    bfloat16 = bfloat16_is_faster(lambda: _losses(network, stage, trial), torch.device("cpu"))
+    bfloat16 = bfloat16_is_faster(torch.device("cpu"))
     start, recent = time.perf_counter(), []
     for step in range(1, stage.steps + 1):
         batch = next(stream)
