@@ -119,8 +119,7 @@ def _segment(options: argparse.Namespace) -> int:
     paths = [*inputs, *failed]
     names = dict(zip(paths, _case_names(paths), strict=True))
     predictor = _predictor(options)
-    _prepare_folder(options.output)
-    _entries(options.output)  # a table of somebody else is refused before the work
+    _start(options.output, predictor.spec)
     for path, error in failed.items():
         _record(options.output, names[path], {"error": error})
     outcomes: Counter[str] = Counter()
@@ -182,9 +181,14 @@ def _predictor(options: argparse.Namespace) -> Predictor:
         from . import preview  # noqa: F401
     from .predictor import Predictor
 
-    predictor = Predictor(options.model, options.device)
+    return Predictor(options.model, options.device)
+
+
+def _start(folder: Path, spec: ModelSpec) -> None:
+    """Prepares the folder, refuses a table of somebody else before the work, and says what the model is not for."""
+    _prepare_folder(folder)
+    _entries(folder)
     _say(f"{spec.name} {spec.version}: {spec.limits or 'Research use, not a medical device.'}")
-    return predictor
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -416,8 +420,7 @@ def _demo(options: argparse.Namespace) -> int:
     name = f"phantom_{options.modality}" if phantom else _case_names([options.input])[0]
     volume = phantom.image if phantom else _read_input(options.input, name, options)
     image = options.output / f"{name}.nii.gz" if phantom else options.input
-    _prepare_folder(options.output)
-    _entries(options.output)
+    _start(options.output, predictor.spec)
     if phantom:
         write_volume(image, volume)
     labels, report = _segment_volume(predictor, volume, name, options)

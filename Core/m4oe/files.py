@@ -102,8 +102,8 @@ def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
 def is_label_map(path: str | os.PathLike[str], volume: Volume) -> bool:
     """Whether a volume that was read from `path` is a label map, by its name, header, colour table or voxels."""
     path = Path(path)
-    tabled = volume.array.dtype == np.uint8 and _has_color_table(path)
-    return path.is_file() and (tabled or _is_called_labels(path) or _holds_labels(volume.array))
+    ours = volume.array.dtype == np.uint8 and _has_color_table(path)
+    return ours or (path.is_file() and _is_called_labels(path)) or _holds_labels(volume.array)
 
 
 def write_volume(path: str | os.PathLike[str], volume: Volume) -> None:
