@@ -104,7 +104,7 @@ def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--structures", type=_keys, metavar="KEY,KEY", help="structures to keep; default: all of the model"
     )
-    parser.add_argument("--frame", type=int, metavar="N", help="frame of 4-D volumes, from 0")
+    parser.add_argument("--frame", type=int, metavar="N", help="frame of 4-D volumes, from 0; 3-D ones have but one")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 
 
@@ -423,6 +423,7 @@ def _demo(options: argparse.Namespace) -> int:
     _start(options.output, predictor.spec)
     if phantom:
         write_volume(image, volume)
+    _say(f"1/1 {name} ...")
     labels, report = _segment_volume(predictor, volume, name, options)
     _draw(predictor, volume, labels, report, name, options)
     print("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in report.seconds.items()))
@@ -453,9 +454,9 @@ def _compare(
     print("Dice against the phantom's truth:")
     for label, key in spec.label_keys.items():
         if label in there:
-            print(f"  {structure(key).name:<24}{dice[label]:6.3f}")
+            print(f"  {structure(key).name:<25}{dice[label]:.3f}")
         elif key in found_ml:
-            print(f"  {structure(key).name:<24}absent; {found_ml[key]:.2f} mL found wrongly")
+            print(f"  {structure(key).name:<25}absent; {found_ml[key]:.2f} mL found wrongly")
 
 
 def _count(number: int, noun: str) -> str:

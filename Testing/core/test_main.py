@@ -809,7 +809,7 @@ def test_the_demo_compares_what_is_there_and_names_what_is_not(demo: Command, tm
     found = {key for key in SPEC.structures if (labels.array == SPEC.structures.index(key) + 1).any()}
     assert spleen_ml > 0 and dice > 0
     assert f"  {'Liver':<24}{dice:6.3f}" in lines
-    assert f"  {'Spleen':<24}absent; {spleen_ml:.2f} mL found wrongly" in lines
+    assert f"  {'Spleen':<25}absent; {spleen_ml:.2f} mL found wrongly" in lines
     begin = lines.index("Dice against the phantom's truth:") + 1
     assert len([line for line in lines[begin:] if line.startswith("  ")]) == len(found | {"liver"})
     assert "seconds: prepare" in lines[1] and "network" in lines[1]
