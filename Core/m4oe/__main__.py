@@ -14,7 +14,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,9 +26,10 @@ from .spec import DEFAULT_MODEL, ModelSpec, find_model, installed_models, model_
 
 if TYPE_CHECKING:
     from .geometry import Volume
-    from .predictor import Predictor
+    from .predictor import Predictor, Report
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha")
+_LABEL_MAP = "It seems to be a label map, not an image."
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
 
 
@@ -100,57 +101,71 @@ def _parser() -> argparse.ArgumentParser:
 def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="file or name; default: %(default)s")
     parser.add_argument("--expert", default="auto", metavar="NAME", help="auto, or an expert to overrule the gate")
-    parser.add_argument("--structures", nargs="+", metavar="KEY", help="structures to keep; default: all of the model")
-    parser.add_argument("--frame", type=int, metavar="N", help="frame of a 4-D volume, from 0")
+    parser.add_argument(
+        "--structures", type=_keys, metavar="KEY,KEY", help="structures to keep; default: all of the model"
+    )
+    parser.add_argument("--frame", type=int, metavar="N", help="frame of 4-D volumes, from 0; 3-D ones have but one")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def _segment(options: argparse.Namespace) -> int:
-    from .files import read_volume
+def _keys(text: str) -> list[str]:
+    return [key.strip() for key in text.split(",")]
 
-    inputs, missing = _find_inputs(options.inputs)
+
+def _segment(options: argparse.Namespace) -> int:
+    inputs, failed = _find_inputs(options.inputs)
     if not inputs:
         return 1
-    names = _case_names(inputs)
+    paths = [*inputs, *failed]
+    names = dict(zip(paths, _case_names(paths), strict=True))
     predictor = _predictor(options)
-    _prepare_folder(options.output)
-    done, total = 0, len(inputs) + missing
-    with _tables(options.output) as reports:
-        for path, name in zip(inputs, names, strict=True):
-            target = options.output / f"{name}.{options.format}"
-            try:
-                if target.exists() and target.samefile(path):
-                    raise ValueError("its result would replace it; choose another folder or another --format")
-                _segment_volume(predictor, read_volume(path, options.frame), name, options, reports)
-                done += 1
-            except FAILURES as error:
-                _say_error(error if str(path) in str(error) else f"{path}: {error}", 1)
-    print(f"{done} of {total} segmented; results are in {options.output}")
-    return int(done < total)
+    _start(options.output, predictor.spec)
+    for path, error in failed.items():
+        _record(options.output, names[path], {"error": error})
+    outcomes: Counter[str] = Counter()
+    for number, path in enumerate(inputs, start=1):
+        _say(f"{number}/{len(inputs)} {names[path]} ...")
+        outcomes[_segment_file(predictor, path, names[path], options)] += 1
+    done, skipped = outcomes["done"], outcomes["skipped"]
+    skips = f", {skipped} skipped" if skipped else ""
+    place = f"; results are in {options.output}" if done else ""
+    print(f"{done} of {len(paths)} segmented{skips}{place}")
+    return int(done == 0 or done + skipped < len(paths))
 
 
-def _find_inputs(paths: Sequence[Path]) -> tuple[list[Path], int]:
-    """What there is to read, each once, and how many of `paths` hold nothing."""
-    from .files import find_inputs
+def _find_inputs(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """What there is to read, each once, and the error of each of `paths` that holds nothing."""
+    from .files import find_inputs, find_label_maps
 
     inputs: dict[Path, None] = {}
-    missing = 0
+    failed = {}
     for path in paths:
+        for labels in find_label_maps(path):
+            if labels not in paths:
+                _say_skipped(labels)
         try:
             inputs |= dict.fromkeys(find_inputs([path]))
         except (ValueError, OSError) as error:
-            missing += _say_error(error, 1)
-    return list(inputs), missing
+            failed[path] = _one_line(error)
+            _say_error(error, 1)
+    return list(inputs), failed
 
 
-def _case_names(inputs: list[Path]) -> list[str]:
-    """A file name for each input's results: its own stem, with the folder's name in front where stems repeat."""
+def _say_skipped(path: Path) -> None:
+    _say(f"skipped {path}: it is a label map; name the file itself to segment it all the same")
+
+
+def _case_names(inputs: Sequence[Path]) -> list[str]:
+    """A file name for each input's results: its stem, where stems repeat with the folder's name, then the suffix."""
     places = [path.resolve() for path in inputs]
-    names = [place.name if place.is_dir() else re.sub(r"(\.nii)?\.\w+$", "", place.name) for place in places]
-    repeated = Counter(["volumes", *names])  # volumes.csv is taken
-    for index, place in enumerate(places):
-        if repeated[names[index]] > 1:
-            names[index] = f"{place.parent.name}_{place.name.replace('.', '_')}"
+    stems = [place.name if place.is_dir() else re.sub(r"(\.nii)?\.\w+$", "", place.name) for place in places]
+    names = stems
+    for longer in (stems, [place.name.replace(".", "_") for place in places]):
+        repeated = Counter(["volumes", *names])  # volumes.csv is taken
+        names = [
+            name if repeated[name] == 1 else f"{place.parent.name}_{end}"
+            for name, place, end in zip(names, places, longer, strict=True)
+        ]
     if again := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"several inputs would be written as {', '.join(again)}; segment them into separate folders")
     return names
@@ -169,8 +184,17 @@ def _predictor(options: argparse.Namespace) -> Predictor:
     return Predictor(options.model, options.device)
 
 
+def _start(folder: Path, spec: ModelSpec) -> None:
+    """Prepares the folder, refuses a table of somebody else before the work, and says what the model is not for."""
+    _prepare_folder(folder)
+    _entries(folder)
+    _say(f"{spec.name} {spec.version}: {spec.limits or 'Research use, not a medical device.'}")
+
+
 def _prepare_folder(folder: Path) -> None:
     """Makes the folder and tries it, as hours of work must not end at a folder that cannot be written."""
+    if folder.is_file():
+        raise ValueError(f"cannot write into {folder}: it is a file; expected a folder for the results")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -179,29 +203,65 @@ def _prepare_folder(folder: Path) -> None:
         raise OSError(f"cannot write into {folder} ({error.strerror}); expected a folder with room") from error
 
 
+def _segment_file(predictor: Predictor, path: Path, name: str, options: argparse.Namespace) -> str:
+    """Segments one input and says what came of it: "done", "skipped" or "failed"."""
+    try:
+        volume = _read_input(path, name, options)
+        if _LABEL_MAP in volume.warnings and path not in options.inputs:
+            _say_skipped(path)
+            return "skipped"
+        labels, report = _segment_volume(predictor, volume, name, options)
+        if options.preview:
+            _draw(predictor, volume, labels, report, name, options)
+    except FAILURES as error:
+        sentence = _one_line(error if str(path) in str(error) else f"{path}: {error}")
+        _say_error(sentence, 1)
+        _record(options.output, name, {"error": sentence})
+        return "failed"
+    return "done"
+
+
+def _read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
+    """The volume, with a warning where it seems to be a label map."""
+    from .files import is_label_map, read_volume
+
+    target = options.output / f"{name}.{options.format}"
+    if target.exists() and target.samefile(path):
+        raise ValueError(f"{path}: its result would replace it; choose another folder or another --format")
+    volume = read_volume(path, options.frame)
+    return replace(volume, warnings=(*volume.warnings, _LABEL_MAP)) if is_label_map(path, volume) else volume
+
+
 def _segment_volume(
-    predictor: Predictor, volume: Volume, name: str, options: argparse.Namespace, reports: dict[str, Any]
-) -> Volume:
-    """Writes and returns the labels; `reports` receives the report even if the preview fails."""
+    predictor: Predictor, volume: Volume, name: str, options: argparse.Namespace
+) -> tuple[Volume, Report]:
+    """Writes the labels, adds the case to the tables and prints what was found."""
     from .files import write_segmentation
 
-    keys = predictor.spec.label_keys
     with _progress_bar(name) as show:
         labels, report = predictor(volume, options.expert, options.structures, show)
         show("write", 1.0)
-        write_segmentation(options.output / f"{name}.{options.format}", labels, keys, report.model)
-        reports[name] = asdict(report)
-        weights = sorted(report.expert_weights.items(), key=lambda item: -item[1])
-        experts = "expert " + ", ".join(f"{key} {weight:.0%}" for key, weight in weights if weight >= 0.005)
-        if options.preview:
-            from .preview import write_preview
-
-            show("draw", 1.0)
-            write_preview(options.output / f"{name}.png", volume, labels, keys, f"{name}   {report.model}   {experts}")
-    print(f"{name}: {len(report.volumes_ml)} structures, {experts}, {sum(report.seconds.values()):.1f} s", flush=True)
+        write_segmentation(options.output / f"{name}.{options.format}", labels, predictor.spec.label_keys, report.model)
+    _record(options.output, name, asdict(report))
+    found = _count(len(report.volumes_ml), "structure")
+    print(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s", flush=True)
     for warning in report.warnings:
-        print(f"m4oe: warning: {name}: {warning}", file=sys.stderr)
-    return labels
+        _say(f"m4oe: warning: {name}: {warning}")
+    return labels, report
+
+
+def _experts(report: Report) -> str:
+    weights = sorted(report.expert_weights.items(), key=lambda item: -item[1])
+    return "expert " + ", ".join(f"{key} {weight:.0%}" for key, weight in weights if weight >= 0.005)
+
+
+def _draw(
+    predictor: Predictor, volume: Volume, labels: Volume, report: Report, name: str, options: argparse.Namespace
+) -> None:
+    from .preview import write_preview
+
+    title = f"{name}   {report.model}   {_experts(report)}"
+    write_preview(options.output / f"{name}.png", volume, labels, predictor.spec.label_keys, title)
 
 
 @contextmanager
@@ -219,37 +279,65 @@ def _progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
         yield show
 
 
-@contextmanager
-def _tables(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the reports by case, with those of earlier runs into `folder`, and writes them however the run ends.
+def _record(folder: Path, case: str, entry: Mapping[str, Any]) -> None:
+    """Puts a case into the tables, beside all that other runs wrote there before or write at the same time.
 
-    volumes.json holds the whole reports, volumes.csv a row per case and structure.
+    volumes.json holds the whole reports, volumes.csv a row per case and structure. An error leaves what an earlier
+    run found in a case, as the files of that run are still there.
     """
     from .files import atomic_write
 
+    bytes_of_paths = "surrogateescape"
+    with _alone_in(folder):
+        entries = _entries(folder)
+        entries[case] = (entries.get(case, {}) if "error" in entry else {}) | {**entry}
+        with atomic_write(folder / "volumes.json") as new:
+            new.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+        with (
+            atomic_write(folder / "volumes.csv") as new,
+            new.open("w", newline="", encoding="utf-8", errors=bytes_of_paths) as file,
+        ):
+            csv.writer(file).writerows([("case", "structure", "name", "volume_ml", "note"), *_rows(entries)])
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Lets one process at a time change the tables; Windows, and disks without locks, take the rare clash."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """What the tables in `folder` hold, by case."""
     path = folder / "volumes.json"
     try:
-        reports = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        _rows(reports)
+        entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        _rows(entries)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what m4oe writes; move it away or choose another folder") from error
-    try:
-        yield reports
-    finally:
-        if reports:
-            with atomic_write(path) as new:
-                new.write_text(json.dumps(reports, indent=2), encoding="utf-8")
-            table, bytes_of_paths = path.with_suffix(".csv"), "surrogateescape"
-            with atomic_write(table) as new, new.open("w", newline="", encoding="utf-8", errors=bytes_of_paths) as file:
-                csv.writer(file).writerows([("case", "structure", "name", "volume_ml"), *_rows(reports)])
+    return entries
 
 
-def _rows(reports: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    return [
-        (case, key, structure(key).name, f"{volume_ml:.2f}")
-        for case, report in reports.items()
-        for key, volume_ml in report["volumes_ml"].items()
-    ]
+def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row per case and structure; a case that failed, or where nothing was found, has one with a note."""
+    rows: list[tuple[str, ...]] = []
+    for case, entry in entries.items():
+        note = entry.get("error", "")
+        volumes = entry.get("volumes_ml", {}) if note else entry["volumes_ml"]
+        rows += [(case, key, structure(key).name, f"{volume:.2f}", "") for key, volume in volumes.items()]
+        if note or not volumes:
+            rows.append((case, "", "", "", note or "nothing was found"))
+    return rows
 
 
 def _models(options: argparse.Namespace) -> int:
@@ -257,7 +345,7 @@ def _models(options: argparse.Namespace) -> int:
     for path in paths:
         try:
             spec = read_spec(path)
-            kind = f"{len(spec.structures)} structures, experts {', '.join(spec.expert_names)}"
+            kind = f"{_count(len(spec.structures), 'structure')}, experts {', '.join(spec.expert_names)}"
             print(f"{path.stem}  version {spec.version}, {kind}, {path.stat().st_size / 1e6:.1f} MB  {path}")
         except ValueError as error:
             code = _say_error(error, 1)
@@ -269,21 +357,34 @@ def _models(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     path = find_model(options.model)
     spec = read_spec(path)
-    facts = {
-        "licence": spec.licence or "not given",
-        **{f"training {key}": value for key, value in spec.training.items()},
-    }
     lines = [f"{spec.name} {spec.version}  {path}", spec.description, spec.limits]
-    lines += [f"{key}: {value}" for key, value in facts.items()]
+    lines.append(f"licence: {spec.licence or 'not given'}")
+    lines += [line for key, value in spec.training.items() for line in _fact(f"training {key}", value)]
     lines.append(f"input: {spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker\n")
     print("\n".join(line for line in (*lines, _score_table(spec)) if line))
     return 0
 
 
+def _fact(key: str, value: object) -> list[str]:
+    """Lines of text for a value of a model's description: a list has a line for each of its items."""
+    return [f"{key}:", *(f"  {_item(item)}" for item in value)] if isinstance(value, list) else [f"{key}: {value}"]
+
+
+def _item(item: object) -> str:
+    match item:
+        case [str(stage), int(steps), float(rate)]:
+            return f"{stage}: {_count(steps, 'step')}, learning rate {rate:g}"
+        case list():
+            return ", ".join(map(str, item))
+    return str(item)
+
+
 def _score_table(spec: ModelSpec) -> str:
     """Dice by structure and expert, as text."""
     width = max(10, *(len(name) + 2 for name in spec.expert_names))
-    lines = ["Dice on unseen cases".ljust(24) + "".join(name.rjust(width) for name in spec.expert_names)]
+    data = spec.training.get("data")
+    lines = [f"Scored on cases that training did not see{f' (training data: {data})' if data else ''}:"]
+    lines.append("Dice".ljust(24) + "".join(name.rjust(width) for name in spec.expert_names))
     for key in spec.structures:
         values = [spec.scores.get(name, {}).get(key) for name in spec.expert_names]
         lines.append(key.ljust(24) + "".join(("-" if v is None else f"{v:.3f}").rjust(width) for v in values))
@@ -311,26 +412,32 @@ def _print_event(event: Mapping[str, Any]) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .files import read_volume
+    from .files import write_volume
     from .training.phantom import make_phantom
 
     predictor = _predictor(options)
     phantom = None if options.input else make_phantom(options.seed, options.modality)
-    volume = phantom.image if phantom else read_volume(options.input, options.frame)
     name = f"phantom_{options.modality}" if phantom else _case_names([options.input])[0]
-    _prepare_folder(options.output)
-    print(predictor.spec.limits)
-    with _tables(options.output) as reports:
-        labels = _segment_volume(predictor, volume, name, options, reports)
-    print("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in reports[name]["seconds"].items()))
+    volume = phantom.image if phantom else _read_input(options.input, name, options)
+    image = options.output / f"{name}.nii.gz" if phantom else options.input
+    _start(options.output, predictor.spec)
     if phantom:
-        _compare(labels, phantom.labels, predictor.spec, options)
-    print(f"results are in {options.output.resolve()}")
+        write_volume(image, volume)
+    _say(f"1/1 {name} ...")
+    labels, report = _segment_volume(predictor, volume, name, options)
+    _draw(predictor, volume, labels, report, name, options)
+    print("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in report.seconds.items()))
+    if phantom:
+        _compare(labels, phantom.labels, report.volumes_ml, predictor.spec, options)
+    result = options.output.resolve() / name
+    print(f"open in Slicer: {image.resolve()} and {result}.{options.format}\nlook at: {result}.png")
     return 0
 
 
-def _compare(labels: Volume, truth: Volume, spec: ModelSpec, options: argparse.Namespace) -> None:
-    """Writes the phantom's truth beside the result and prints the Dice of the structures that were asked for."""
+def _compare(
+    labels: Volume, truth: Volume, found_ml: Mapping[str, float], spec: ModelSpec, options: argparse.Namespace
+) -> None:
+    """Writes the phantom's truth beside the result and prints how well the structures that were asked for agree."""
     import numpy as np
 
     from .evaluation import dice_scores
@@ -342,13 +449,30 @@ def _compare(labels: Volume, truth: Volume, spec: ModelSpec, options: argparse.N
     asked = options.structures or spec.structures
     values = [0, *(spec.labels_of([key])[0] if key in asked else 0 for key in STRUCTURES)]
     expected = np.array(values, labels.array.dtype)[truth.array]
+    there = set(np.unique(expected).tolist())
+    dice = dice_scores(labels.array, expected, len(spec.structures))
     print("Dice against the phantom's truth:")
-    for label, value in dice_scores(labels.array, expected, len(spec.structures)).items():
-        print(f"  {structure(spec.label_keys[label]).name:<24}{value:6.3f}")
+    for label, key in spec.label_keys.items():
+        if label in there:
+            print(f"  {structure(key).name:<25}{dice[label]:.3f}")
+        elif key in found_ml:
+            print(f"  {structure(key).name:<25}absent; {found_ml[key]:.2f} mL found wrongly")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())  # whatever a library says
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _say_error(error: object, code: int) -> int:
-    print(f"m4oe: error: {' '.join(str(error).split())}", file=sys.stderr)  # on one line, whatever a library says
+    _say(f"m4oe: error: {_one_line(error)}")
     return code
 
 

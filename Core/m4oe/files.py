@@ -1,12 +1,13 @@
-"""Volumes and segmentations on disk: reads NIfTI, NRRD, MetaImage and DICOM, writes .seg.nrrd and label maps."""
+"""Volumes and segmentations on disk: NIfTI, NRRD, MetaImage and DICOM are read, .seg.nrrd and label maps written."""
 
 from __future__ import annotations
 
 import csv
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,19 @@ from numpy.typing import NDArray
 
 from .geometry import Grid, Volume
 from .labels import Code, Structure, structure
+from .metaimage import check_metaimage
 from .nifti import are_orthogonal, check_spacing, choose_frame, read_nifti
 
 _NIFTI = (".nii.gz", ".nii")
 _DICOM = (".dcm", ".ima")
-_IMAGES = (*_NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *_DICOM)
-_SEGMENTATIONS = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha")
+_METAIMAGE = (".mha", ".mhd")
+_IMAGES = (*_NIFTI, ".nrrd", ".nhdr", *_METAIMAGE, *_DICOM)
+_WRITTEN = (*_NIFTI, ".nrrd", ".mha")
+_SEGMENTATIONS = (".seg.nrrd", *_WRITTEN)
+_LABEL_NAME = re.compile(r"(^|[ ._-])(label(s|map)?([ ._-].*)?|seg|segmentation|mask)$", re.IGNORECASE)
+_TABLE = ("LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A")
+_MOST_LABELS = 256  # values that a label map may have
+_ALIKE = 0.5  # of the voxels of a value equal the one before: 0.84 and more in maps of organs, 0.05 at most in images
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _UNEVEN = 0.05  # part of the usual slice gap by which a gap may differ
 _CODES = {
@@ -43,7 +51,7 @@ def read_volume(path: str | os.PathLike[str], frame: int | None = None) -> Volum
 
     Args:
         path: The file or folder.
-        frame: Which frame of a 4-D image, from 0; may be None where there is only one.
+        frame: Which frame of a 4-D image, from 0; one that has but one frame, as a 3-D image, ignores it.
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
@@ -70,7 +78,7 @@ def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Files and DICOM folders to read, in the order given, sorted within a folder.
 
     A folder with DICOM files is one input. In any other folder every image file and every DICOM folder is one;
-    hidden files and segmentations (.seg.nrrd) are left out.
+    hidden files and label maps (see `find_label_maps`) are left out.
 
     Raises:
         FileNotFoundError: A path does not exist.
@@ -82,6 +90,33 @@ def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
         searched = ", ".join(str(place) for place in places) or "an empty list"
         raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.")
     return found
+
+
+def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
+    """Files in a folder that their name (CT_label.nii.gz, CT.seg.nrrd) or header says to be label maps."""
+    folder = Path(folder)
+    files = (entry for entry in _entries(folder) if entry.is_file()) if folder.is_dir() else ()
+    return [entry for entry in files if _suffix(entry, _IMAGES) and _is_called_labels(entry)]
+
+
+def is_label_map(path: str | os.PathLike[str], volume: Volume) -> bool:
+    """Whether a volume that was read from `path` is a label map, by its name, header, colour table or voxels."""
+    path = Path(path)
+    ours = volume.array.dtype == np.uint8 and _has_color_table(path)
+    return ours or (path.is_file() and _is_called_labels(path)) or _holds_labels(volume.array)
+
+
+def write_volume(path: str | os.PathLike[str], volume: Volume) -> None:
+    """Writes an image as .nii.gz, .nii, .nrrd or .mha.
+
+    Raises:
+        ValueError: The suffix is unknown, or the axes are not at right angles and the format is NIfTI.
+        OSError: The file cannot be written.
+    """
+    path = Path(path)
+    _check_target(path, volume, _WRITTEN)
+    with atomic_write(path) as temporary:
+        _write_itk(temporary, volume)
 
 
 def write_segmentation(
@@ -106,13 +141,9 @@ def write_segmentation(
         OSError: The file cannot be written.
     """
     path = Path(path)
-    suffix = _suffix(path, _SEGMENTATIONS)
-    if not suffix:
-        raise ValueError(f"Cannot write {path}: expected a name that ends in {' '.join(_SEGMENTATIONS)}.")
-    if suffix in _NIFTI and not are_orthogonal(labels.grid.direction):
-        raise ValueError(f"Cannot write {path}: NIfTI needs axes at right angles, choose .seg.nrrd or .nrrd.")
+    _check_target(path, labels, _SEGMENTATIONS)
     present = _present(labels, structures)
-    if suffix == ".seg.nrrd":
+    if _suffix(path, _SEGMENTATIONS) == ".seg.nrrd":
         with atomic_write(path) as temporary:
             _write_seg_nrrd(temporary, labels, present, source)
         return [path]
@@ -170,7 +201,51 @@ def _holds_dicom(folder: Path) -> bool:
 
 
 def _is_image(path: Path) -> bool:
-    return bool(_suffix(path, _IMAGES)) and not _suffix(path, (".seg.nrrd",))
+    return bool(_suffix(path, _IMAGES)) and not _is_called_labels(path)
+
+
+def _is_called_labels(path: Path) -> bool:
+    """By its name, or by the fields that Slicer gives a segmentation."""
+    if _LABEL_NAME.search(_stem(path, _IMAGES)):
+        return True
+    header = b""
+    if _suffix(path, (".nrrd", ".nhdr")):
+        with suppress(OSError), path.open("rb") as file:  # said when it is read
+            header = file.read(1 << 16).partition(b"\n\n")[0]
+    return re.search(rb"^Segment\w+:=", header, re.MULTILINE) is not None
+
+
+def _has_color_table(path: Path) -> bool:
+    """Whether a table of `write_segmentation` lies beside a file."""
+    table = path.with_name(f"{_stem(path, _IMAGES)}.csv")
+    begin = ",".join(_TABLE).encode()
+    with suppress(OSError), table.open("rb") as file:
+        return file.read(len(begin)) == begin
+    return False
+
+
+def _holds_labels(array: NDArray[Any]) -> bool:
+    """Whether voxels [k, j, i] are labels: few and small whole numbers, most of them equal to their neighbour."""
+    highest = _highest_label(_MOST_LABELS)
+    counts, alike = np.zeros((2, highest + 1), np.int64)
+    for plane in array:
+        if not (plane.min() >= 0 and plane.max() <= highest) or (plane.dtype.kind == "f" and (plane % 1).any()):
+            return False
+        values = plane.astype(np.intp)
+        right = values[:, 1:]
+        counts += np.bincount(right.ravel(), minlength=highest + 1)
+        if np.count_nonzero(counts) > _MOST_LABELS:
+            return False
+        alike += np.bincount(right[right == values[:, :-1]], minlength=highest + 1)
+    present = np.flatnonzero(counts[1:]) + 1
+    if counts.argmax() > 0 or not present.size or present[-1] > _highest_label(present.size):
+        return False
+    return bool(np.median(alike[present] / counts[present]) >= _ALIKE)
+
+
+def _highest_label(count: int) -> int:
+    """The highest that so many labels go to; the grey values of a drawn image go higher."""
+    return 16 + 8 * count
 
 
 def _is_dicom(path: Path) -> bool:
@@ -194,12 +269,13 @@ def _stem(path: Path, choices: tuple[str, ...]) -> str:
 
 def _read(path: Path, frame: int | None) -> Volume:
     if path.is_dir():
-        choose_frame(1, frame)
         return _read_series(path)
     if path.stat().st_size == 0:
         raise ValueError("it is empty.")
     if _suffix(path, _NIFTI):
         return read_nifti(path, frame)
+    if _suffix(path, _METAIMAGE):
+        check_metaimage(path)
     if _suffix(path, _IMAGES) or _is_dicom(path):
         return _read_itk(path, frame)
     raise ValueError(f"its kind is unknown, expected DICOM or {' '.join(_IMAGES)}.")
@@ -322,6 +398,13 @@ def _silent_itk() -> Iterator[None]:
 # Writing
 
 
+def _check_target(path: Path, volume: Volume, suffixes: tuple[str, ...]) -> None:
+    if not _suffix(path, suffixes):
+        raise ValueError(f"Cannot write {path}: expected a name that ends in {' '.join(suffixes)}.")
+    if _suffix(path, _NIFTI) and not are_orthogonal(volume.grid.direction):
+        raise ValueError(f"Cannot write {path}: NIfTI needs axes at right angles, choose .nrrd.")
+
+
 def _present(labels: Volume, structures: Mapping[int, str]) -> dict[int, Structure]:
     """The structures that have voxels, by label value."""
     if labels.array.dtype != np.uint8:
@@ -371,11 +454,11 @@ def _segment(value: int, entry: Structure, source: str) -> dict[str, str]:
     }
 
 
-def _write_itk(path: Path, labels: Volume) -> None:
-    image = sitk.GetImageFromArray(labels.array)
-    affine = _LPS @ labels.grid.affine
-    image.SetSpacing(labels.grid.spacing)
-    image.SetDirection((affine[:3, :3] / labels.grid.spacing).ravel().tolist())
+def _write_itk(path: Path, volume: Volume) -> None:
+    image = sitk.GetImageFromArray(volume.array)
+    affine = _LPS @ volume.grid.affine
+    image.SetSpacing(volume.grid.spacing)
+    image.SetDirection((affine[:3, :3] / volume.grid.spacing).ravel().tolist())
     image.SetOrigin(affine[:3, 3].tolist())
     try:
         with _silent_itk():
@@ -388,7 +471,7 @@ def _write_color_table(path: Path, present: Mapping[int, Structure]) -> None:
     columns = [f"{part}_{item}" for part in _CODES for item in ("CodingScheme", "CodeValue", "CodeMeaning")]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A", *columns])
+        writer.writerow([*_TABLE, *columns])
         for value, entry in present.items():
             codes: list[Code | None] = [getattr(entry, field) for field in _CODES.values()]
             texts = (text for code in codes for text in (_texts(code)))

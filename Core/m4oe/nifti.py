@@ -70,16 +70,19 @@ def read_nifti(path: Path, frame: int | None) -> Volume:
 
 
 def choose_frame(frames: int, frame: int | None) -> int:
-    """The index of the frame to read, which may be None where there is only one.
+    """The index of the frame to read: `frame`, or the only one, for a folder may hold 3-D and 4-D images.
 
     Raises:
         ValueError: There is no such frame, or several to choose from.
     """
-    if frame is None and frames > 1:
-        raise ValueError(f"it has {frames} frames, choose one from 0 to {frames - 1}.")
-    if not 0 <= (frame or 0) < frames:
-        raise ValueError(f"it has no frame {frame}, the last one is {frames - 1}.")
-    return frame or 0
+    if frames == 1:
+        return 0
+    if frame is None:
+        choice = f"0 to {frames - 1}, by --frame N on the command line, frame=N in Python"
+        raise ValueError(f"it has {frames} frames, choose one of {choice}.")
+    if not 0 <= frame < frames:
+        raise ValueError(f"it has no frame {frame}, its frames are 0 to {frames - 1}.")
+    return frame
 
 
 def check_spacing(spacing: Iterable[float]) -> None:

@@ -18,6 +18,7 @@ METADATA_KEY = "m4oe"
 DEFAULT_MODEL = "m4oe-demo"
 GATES = ("image", "token", "channel")
 INTENSITY_KINDS = ("window", "percentile")
+_MOST_STRUCTURES = 255  # as labels are bytes and 0 is the background
 _HEADER_LIMIT = 64 * 1024 * 1024
 
 
@@ -130,6 +131,8 @@ class ModelSpec:
             raise ValueError(f"expert names repeat: {', '.join(self.expert_names)}")
         if not self.structures or len(set(self.structures)) < len(self.structures):
             raise ValueError(f"structures must be non-empty and distinct, not {self.structures}")
+        if len(self.structures) > _MOST_STRUCTURES:
+            raise ValueError(f"{len(self.structures)} structures are named; a model has at most {_MOST_STRUCTURES}")
         missing = sorted({expert.modality for expert in self.experts} - set(self.intensity))
         if missing:
             raise ValueError(f"no intensity rule for the modality {', '.join(missing)} of an expert")

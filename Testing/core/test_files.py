@@ -4,6 +4,7 @@ import csv
 import gzip
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.files import atomic_write, find_inputs, read_volume, write_segmentation
+from m4oe.files import (
+    atomic_write,
+    find_inputs,
+    find_label_maps,
+    is_label_map,
+    read_volume,
+    write_segmentation,
+    write_volume,
+)
 from m4oe.geometry import Grid, Volume
 from m4oe.labels import structure
 from numpy.typing import NDArray
@@ -135,22 +144,17 @@ def test_frame_of_a_4d_image_is_chosen(tmp_path: Path, suffix: str) -> None:
     volume = read_volume(path, frame=1)
     assert np.array_equal(volume.array, ARRAY + 1)
     np.testing.assert_allclose(volume.grid.affine, affine_of(an_image()), atol=1e-4)
-    with pytest.raises(ValueError, match="2 frames, choose one from 0 to 1"):
+    with pytest.raises(ValueError, match=r"2 frames, choose one of 0 to 1, by --frame N .*, frame=N"):
         read_volume(path)
-    with pytest.raises(ValueError, match="no frame 2, the last one is 1"):
+    with pytest.raises(ValueError, match="no frame 2, its frames are 0 to 1"):
         read_volume(path, frame=2)
 
 
-def test_frame_of_a_3d_image_is_zero_or_none(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.nrrd")
-    assert np.array_equal(read_volume(path, frame=0).array, ARRAY)
-    with pytest.raises(ValueError, match="no frame 1"):
-        read_volume(path, frame=1)
-
-
-def test_4d_image_of_one_frame_needs_no_choice(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.nii", sitk.JoinSeries([an_image()]))
-    assert np.array_equal(read_volume(path).array, ARRAY)
+@pytest.mark.parametrize("frame", [None, 0, 7])
+@pytest.mark.parametrize("suffix", [".nii", ".nrrd"])
+def test_image_of_one_frame_needs_and_heeds_no_choice(tmp_path: Path, suffix: str, frame: int | None) -> None:
+    for image in (an_image(), sitk.JoinSeries([an_image()])):
+        assert np.array_equal(read_volume(saved(tmp_path / f"a{suffix}", image), frame).array, ARRAY)
 
 
 def test_nan_stays_nan(tmp_path: Path) -> None:
@@ -306,6 +310,74 @@ def test_odd_nifti_headers_are_refused(tmp_path: Path, offset: int, layout: str,
         read_volume(patched(saved(tmp_path / "a.nii"), offset, layout, value))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("NDims = 3", "NDims = 99999999", "NDims 99999999, expected 2 to 4 dimensions"),
+        ("NDims = 3", "NDims = -1", "NDims -1, expected 2 to 4 dimensions"),
+        ("NDims = 3", "NDims = 3\nNDims = 99", "names NDims twice"),
+        ("NDims = 3", "NDims = three", "NDims is 'three', expected whole numbers"),
+        ("NDims = 3\n", "", "NDims is 'missing'"),
+        ("DimSize = 5 4 3", "DimSize = 5 4", r"DimSize is \[5, 4\] and its NDims 3"),
+        ("DimSize = 5 4 3", "DimSize = 5 4 0", "expected 2 to 4 dimensions"),
+        ("DimSize = 5 4 3", "DimSize = 5 4 -3", "expected 2 to 4 dimensions"),
+        ("DimSize = 5 4 3", "DimSize = 5 4 30", "120 bytes of voxels, expected 1200"),
+        ("DimSize = 5 4 3", "DimSize = 99999 99999 99999", "120 bytes of voxels, expected 19999"),
+        ("MET_SHORT", "MET_STRING", "ElementType is MET_STRING, expected MET_CHAR"),
+        ("MET_SHORT", "MET_SHORT\nElementNumberOfChannels = 2147483647", "120 bytes of voxels, expected"),
+        ("ElementSpacing = 0.7 ", "ElementSpacing = nan ", "expected above zero"),
+        ("CompressedData = False", "CompressedData = True\nCompressedDataSize = 0", "compressed voxels, expected 0"),
+        (
+            "CompressedData = False",
+            "CompressedData = True\nCompressedDataSize = 121",
+            "compressed voxels, expected 121",
+        ),
+        ("= LOCAL", "= nowhere.raw", "its voxels should lie in .*nowhere.raw, which is no file"),
+    ],
+)
+def test_odd_metaimage_headers_are_refused_in_words(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "a.mha"
+    image = an_image()
+    image.SetSpacing((0.7, 0.9, 3))
+    sitk.WriteImage(image, str(path))
+    data = path.read_bytes().replace(b"0.69999999999999996", b"0.7")
+    assert old.encode() in data
+    path.write_bytes(data.replace(old.encode(), new.encode()))
+    with pytest.raises(ValueError, match=f"Cannot read .*a.mha: .*{message}"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_metaimage_headers_may_be_written_in_several_ways(tmp_path: Path, suffix: str, packed: bool) -> None:
+    path = tmp_path / f"a{suffix}"
+    sitk.WriteImage(an_image(), str(path), useCompression=packed)
+    head, last, rest = path.read_bytes().partition(b"ElementDataFile")
+    path.write_bytes(b"0008|0060 = a: b\n\n" + head.replace(b" = ", b":  ").replace(b"\n", b"\r\n") + last + rest)
+    assert np.array_equal(read_volume(path).array, ARRAY)
+
+
+TEXTS = ("", "0", "-1", "2", "17", "99999999", "4294967296", "1e30", "nan", "3 3", "x" * 99, "LIST")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(changes=st.dictionaries(st.integers(1, 12), st.tuples(st.integers(0, 9), st.sampled_from(TEXTS)), min_size=1))
+def test_no_metaimage_header_ends_the_process(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[int, tuple[int, str]]
+) -> None:
+    path = saved(tmp_path_factory.mktemp("mha") / "a.mha")
+    head, end, data = path.read_bytes().partition(b"LOCAL\n")
+    lines = (head + end).decode().splitlines()
+    for number, (place, text) in changes.items():
+        key, _, value = lines[number].partition(" = ")
+        words = value.split()
+        words[place % len(words)] = text
+        lines[number] = f"{key} = {' '.join(words)}"
+    path.write_bytes("\n".join([*lines, ""]).encode() + data)
+    with suppress(ValueError):
+        assert read_volume(path).array.size == ARRAY.size
+
+
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nii"])
 def test_colours_are_refused(tmp_path: Path, suffix: str) -> None:
     image = sitk.GetImageFromArray(np.zeros((2, 3, 4, 3), np.uint8), isVector=True)
@@ -436,7 +508,113 @@ def test_finding_nothing_is_an_error(tmp_path: Path) -> None:
         find_inputs([tmp_path / "nothing"])
 
 
+# Label maps
+
+
+def an_organ_map(dtype: str = "u1", values: tuple[int, ...] = (1, 2)) -> NDArray[Any]:
+    array = np.zeros((6, 20, 20), dtype)
+    for n, value in enumerate(values):
+        array[2:5, 4 * n + 2 : 4 * n + 6, 5:15] = value
+    return array
+
+
+def as_read(array: NDArray[Any]) -> Volume:
+    return Volume(array, Grid(array.shape, np.eye(4)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CT_label.nii.gz", "ct_label_flare13.nrrd", "label.mha", "CT.labels.nii", "CT-seg.nii.gz", "CT Segmentation.mha",
+     "CT_mask.nrrd", "CT.seg.nrrd", "Labelmap.nii"],
+)  # fmt: skip
+def test_label_maps_in_a_folder_are_known_by_their_names(tmp_path: Path, name: str) -> None:
+    for image in ("CT.nii.gz", "CT_labelled.nii.gz", "segovia.mha", "masked_T1.nrrd", "CT_seg_2.mha"):
+        (tmp_path / image).touch()
+    images = find_inputs([tmp_path])
+    (tmp_path / name).touch()
+    assert len(images) == 5 and find_inputs([tmp_path]) == images
+    assert find_label_maps(tmp_path) == [tmp_path / name] == find_inputs([tmp_path / name])
+
+
+def test_slicer_segmentation_of_any_name_is_known_by_its_header(tmp_path: Path) -> None:
+    (path,) = write_segmentation(tmp_path / "a.seg.nrrd", labels_of([1]), STRUCTURES, "model")
+    path = path.rename(tmp_path / "b.nrrd")
+    image = saved(tmp_path / "c.nrrd")
+    (tmp_path / "d.nrrd").symlink_to(tmp_path / "nowhere")
+    assert find_label_maps(tmp_path) == [path] and find_inputs([tmp_path]) == [image, tmp_path / "d.nrrd"]
+    assert is_label_map(path, read_volume(path)) and not is_label_map(image, read_volume(image))
+
+
+def test_only_a_folder_holds_label_maps(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a_label.mha")
+    assert find_label_maps(path) == find_label_maps(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_label_map_of_ours_is_known_by_its_colour_table(tmp_path: Path, empty: bool) -> None:
+    labels = as_read(an_organ_map(values=() if empty else (1, 16)))
+    path, table = write_segmentation(tmp_path / "a.nii.gz", labels, STRUCTURES, "model")
+    assert is_label_map(path, read_volume(path))
+    table.write_text("patient,age\n1,70\n")
+    assert is_label_map(path, read_volume(path)) == (not empty)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "f4", "f8"])
+@pytest.mark.parametrize("values", [(1,), (13,), (1, 2, 4), (40, 41, 42, 43)])
+def test_label_map_is_known_by_its_voxels(tmp_path: Path, dtype: str, values: tuple[int, ...]) -> None:
+    assert is_label_map(tmp_path / "a.mha", as_read(an_organ_map(dtype, values)))
+
+
+NOISE = np.random.default_rng(0).normal(0, 3, (6, 20, 20))
+IMAGES = {
+    "empty": np.zeros((6, 20, 20), np.uint8),
+    "one grey value": an_organ_map(values=(200,)),
+    "drawn in grey values": an_organ_map(values=(50, 100, 255)),
+    "CT": (an_organ_map("i2", (60, 40)) - 1000),
+    "negative": an_organ_map("i2", (-1, -2)),
+    "noise in bytes": np.clip(np.where(an_organ_map() > 0, 12 + NOISE, 0), 0, 255).astype(np.uint8),
+    "saturated": np.clip(60 * NOISE + 100 * (NOISE > 0), 0, 255).astype(np.uint8),
+    "not whole": an_organ_map("f4") / 4,
+    "not a number": np.where(an_organ_map("f4") > 1, np.nan, an_organ_map("f4")),
+    "infinite": np.where(an_organ_map("f4") > 1, np.inf, an_organ_map("f4")),
+    "many values": np.maximum(np.arange(-4800, 4800, dtype=np.int16) // 16, 0).reshape(12, 20, 40),
+    "no background": an_organ_map(values=(1, 2)) + np.uint8(1),
+    "one voxel wide": np.ones((6, 20, 1), np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_image_is_no_label_map(tmp_path: Path, kind: str) -> None:
+    image = IMAGES[kind]
+    path = saved(tmp_path / "a.nii.gz", sitk.GetImageFromArray(image))
+    assert not is_label_map(path, read_volume(path))
+
+
+def test_real_label_maps_are_told_from_images_by_their_voxels(shared_data: Path, tmp_path: Path) -> None:
+    names = [f"ct/ts_ct_3mm_small{end}.nii.gz" for end in ("", "_label_flare13")]
+    names += [f"mr/ts_mr_t1_3mm{end}.nii.gz" for end in ("", "_label_totalseg")]
+    names += ["odd/ct_uint8_window.nii.gz", "negative_nc/head_mr_pd.nii.gz", "mr_nc/chaos_t2_01_label.nii.gz"]
+    found = [name for name in names if is_label_map(tmp_path / "a.nii.gz", read_volume(shared_data / name))]
+    assert found == [name for name in names if "label" in name]
+
+
 # Writing
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_written_image_comes_back_on_its_grid(tmp_path: Path, suffix: str) -> None:
+    volume = Volume(ARRAY, Grid(ARRAY.shape, affine_of(an_image()))).to_axes("SAL")
+    path = tmp_path / "new" / f"a b{suffix}"
+    write_volume(path, volume)
+    back = read_volume(path)
+    assert np.array_equal(back.array, volume.array) and back.array.dtype == np.int16
+    np.testing.assert_allclose(back.grid.affine, volume.grid.affine, atol=1e-4 if ".nii" in suffix else 1e-9)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_image_is_not_written_as_a_segmentation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.tif: expected a name that ends in \.nii\.gz \.nii \.nrrd \.mha\."):
+        write_volume(tmp_path / "a.tif", as_read(ARRAY))
 
 
 @pytest.mark.parametrize("suffix", [".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha"])

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
     ("__init__", "labels", "spec"),
-    ("geometry", "nifti", "files", "nodes"),
+    ("geometry", "nifti", "metaimage", "files", "nodes"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("evaluation", "training"),
     ("raster", "preview", "__main__"),

@@ -152,6 +152,7 @@ def test_an_intensity_rule_without_a_range_is_refused(kind: str, low: float, hig
         ({"experts": A_SPEC.experts[:1] * 2}, "expert names repeat: ct, ct"),
         ({"structures": ()}, "non-empty"),
         ({"structures": ("liver", "liver")}, "distinct"),
+        ({"structures": tuple(map(str, range(256)))}, "256 structures are named; a model has at most 255"),
         ({"intensity": {"CT": IntensityRule("window", 0, 1)}}, "no intensity rule for the modality MR"),
         ({"pixel_mm": 0}, "must be positive"),
         ({"slice_mm": float("nan")}, "must be positive"),
