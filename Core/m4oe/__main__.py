@@ -251,8 +251,12 @@ def _segment_volume(
 
 
 def _experts(report: Report) -> str:
-    weights = sorted(report.expert_weights.items(), key=lambda item: -item[1])
-    return "expert " + ", ".join(f"{key} {weight:.0%}" for key, weight in weights if weight >= 0.005)
+    """The experts in use, who chose them, and how sure the gate was."""
+    used = {key: weight for key, weight in report.expert_weights.items() if weight >= 0.005}
+    names = ", ".join(used if len(used) == 1 else [f"{key} {weight:.0%}" for key, weight in used.items()])
+    sure = f" ({', '.join(f'{report.gate[key]:.0%} sure' for key in used)})" if len(used) == 1 and report.gate else ""
+    chosen = {"user": ", as you named it", "modality": " by header or HU", "gate": f" by the gate{sure}"}
+    return f"expert {names}{chosen.get(report.chosen_by, '')}"
 
 
 def _draw(
