@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import cc3d
 import numpy as np
 
+from .geometry import foreground_box
 from .labels import structure
 
 SHARE_OF_LARGEST = 0.2
@@ -47,17 +48,6 @@ def remove_islands(labels: np.ndarray, keys: Mapping[int, str], voxel_ml: float)
         for plane, numbers in zip(inside, components, strict=True):
             plane[~keep[numbers]] = 0
     return counts
-
-
-def foreground_box(labels: np.ndarray) -> tuple[slice, slice, slice] | None:
-    """The smallest box around all non-zero voxels, or None where there are none."""
-    slices = np.flatnonzero(labels.any(axis=(1, 2)))
-    if slices.size == 0:
-        return None
-    plane = labels[slices[0] : slices[-1] + 1].max(axis=0)
-    rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
-    k, j, i = (slice(int(hits[0]), int(hits[-1]) + 1) for hits in (slices, rows, columns))
-    return k, j, i
 
 
 def _smallest(key: str, largest: int, voxel_ml: float) -> float:

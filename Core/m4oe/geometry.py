@@ -138,6 +138,21 @@ def nearest_rotation(direction: ArrayLike) -> NDArray[np.float64]:
     return left @ right
 
 
+def foreground_box(labels: NDArray[Any]) -> tuple[slice, slice, slice] | None:
+    """The smallest box [k, j, i] around all voxels that are not zero, or None where all are.
+
+    Args:
+        labels: Whole numbers from 0, or booleans, in any memory order.
+    """
+    slices = np.flatnonzero(labels.any(axis=(1, 2)))
+    if slices.size == 0:
+        return None
+    plane = labels[slices[0] : slices[-1] + 1].max(axis=0)
+    rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
+    k, j, i = (slice(int(hits[0]), int(hits[-1]) + 1) for hits in (slices, rows, columns))
+    return k, j, i
+
+
 class _Move(NamedTuple):
     source: int  # voxel axis (0 = i) that the new axis comes from
     flip: bool

@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .geometry import Grid, Volume
+from .geometry import Grid, Volume, foreground_box
 from .labels import structure
 
 if TYPE_CHECKING:
@@ -139,25 +138,15 @@ def _modality(volumeNode: vtkMRMLScalarVolumeNode) -> str | None:
 
 def _segments(labels: Volume, structures: Mapping[int, str], source: str) -> dict[str, vtkSegment]:
     """Structure key -> segment, for the labels that are present."""
-    box = _box(labels.array)
+    box = foreground_box(labels.array)
+    if box is None:
+        return {}
     present = sorted({value for plane in labels.array[box] for value in np.unique(plane).tolist() if value})
     unknown = [value for value in present if value not in structures]
     if unknown:
         raise ValueError(f"Labels {unknown} have no structure; known are {dict(structures)}.")
-    if not present:
-        return {}
     image = _image(labels, box)
     return {structures[value]: _segment(structures[value], value, image, source) for value in present}
-
-
-def _box(array: NDArray[Any]) -> tuple[slice, ...]:
-    """The smallest box [k, j, i] with all non-zero voxels; empty when there are none."""
-    box = []
-    for axis in range(3):
-        others = tuple(n for n in range(3) if n != axis)
-        filled = np.flatnonzero(array.any(axis=others))
-        box.append(slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0))
-    return tuple(box)
 
 
 def _image(labels: Volume, box: tuple[slice, ...]) -> vtkOrientedImageData:

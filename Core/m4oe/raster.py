@@ -1,4 +1,4 @@
-"""Drawing without OpenGL, on arrays of colours: VTK makes surfaces, sets type and writes the PNG; numpy draws."""
+"""Drawing without OpenGL, on arrays of colours: VTK makes surfaces and sets type, numpy draws."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import SimpleITK as sitk
 import vtkmodules.vtkRenderingFreeType  # noqa: F401  registers the text renderer
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from vtkmodules.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+from vtkmodules.vtkCommonCore import vtkMath
 from vtkmodules.vtkCommonDataModel import vtkImageData
 from vtkmodules.vtkFiltersCore import vtkFlyingEdges3D
-from vtkmodules.vtkIOImage import vtkPNGWriter
 from vtkmodules.vtkRenderingCore import vtkTextProperty, vtkTextRenderer
 
 Floats = NDArray[np.floating[Any]]  # pictures are [row, column, RGB] from 0 to 1, row 0 on top
 Color = tuple[float, float, float]
 
 INK = (0.93, 0.95, 0.97)  # of type
-_CLOSEST = 80  # mm across the canvas of surfaces at least
-_EYE, _LIGHT = np.array([0, 0, 1]), np.array([-0.45, -0.6, 0.66])  # directions, in the picture
+_CLOSEST, _FILLED = 80, 0.82  # mm across the canvas of surfaces at least; part of it that they fill
+_EYE, _LIGHT = np.array([0, 0, 1]), np.array([-0.45, -0.6, 0.66])  # unit vectors, in the picture
 
 
 class Facets(NamedTuple):
@@ -58,8 +59,7 @@ def fit(parts: list[Facets], height: int, width: int) -> list[Facets]:
     """Millimetres to pixels: all in the middle of the canvas, at one scale."""
     low = np.min([part.corners.min(axis=(0, 1)) for part in parts], axis=0)
     high = np.max([part.corners.max(axis=(0, 1)) for part in parts], axis=0)
-    scale = min(0.86 * height, 0.86 * width) / _CLOSEST
-    scale = min(scale, 0.86 * width / (high[0] - low[0]), 0.86 * height / (high[1] - low[1]))
+    scale = _FILLED * min(width / max(_CLOSEST, high[0] - low[0]), height / max(_CLOSEST, high[1] - low[1]))
     shift = np.array([width / 2, height / 2, 0]) - (low + high) / 2 * scale
     return [part._replace(corners=part.corners * scale + shift) for part in parts]
 
@@ -117,20 +117,27 @@ def _shadow(depth: Floats) -> Floats:
     light = np.ones_like(depth)
     for part in (0.008, 0.03):  # of the canvas
         radius = part * depth.shape[0]
-        light *= np.exp(-0.6 * ((ndimage.gaussian_filter(depth, radius) - depth) / radius).clip(0, 1))
+        light *= np.exp(-0.6 * ((ndimage.gaussian_filter(depth, radius, truncate=2) - depth) / radius).clip(0, 1))
     return light
 
 
 def _shade(normals: Floats, colors: Floats, light: Floats) -> Floats:
     normals = normals / np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-6)
-    key = _LIGHT / np.linalg.norm(_LIGHT)
-    half = (key + _EYE) / np.linalg.norm(key + _EYE)
-    diffuse = 0.24 + 0.36 * normals[:, 2].clip(0) + 0.52 * (normals @ key).clip(0)
+    half = (_LIGHT + _EYE) / np.linalg.norm(_LIGHT + _EYE)
+    diffuse = 0.24 + 0.36 * normals[:, 2].clip(0) + 0.52 * (normals @ _LIGHT).clip(0)
     gloss = 0.22 * (normals @ half).clip(0) ** 28
     return ((colors * diffuse[:, None] + gloss[:, None]) * light[:, None]).clip(0, 1)
 
 
-# ---- type and shapes
+# ---- colours, type and shapes
+
+
+def lab(colors: ArrayLike) -> Floats:
+    """CIELAB [n, L a b] of sRGB colours [n, RGB] from 0 to 255, under daylight (D65)."""
+    values = np.array(colors) / 255
+    for value in values:
+        vtkMath.RGBToLab(value, value)
+    return values
 
 
 def draw_text(
@@ -199,13 +206,8 @@ def write_png(path: os.PathLike[str], picture: Floats) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    pixels = np.ascontiguousarray((picture[::-1] * 255 + 0.5).astype(np.uint8))
-    image = vtkImageData()
-    image.SetDimensions(picture.shape[1], picture.shape[0], 1)
-    image.GetPointData().SetScalars(numpy_to_vtk(pixels.reshape(-1, 3)))
-    writer = vtkPNGWriter()
-    writer.SetFileName(os.fspath(path))
-    writer.SetInputData(image)
-    writer.Write()
-    if writer.GetErrorCode():
-        raise OSError(f"Cannot write {path}.")
+    image = sitk.GetImageFromArray((picture * 255 + 0.5).astype(np.uint8), isVector=True)
+    try:
+        sitk.WriteImage(image, os.fspath(path), useCompression=True)
+    except RuntimeError as error:
+        raise OSError(f"Cannot write {path}.") from error

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.cleanup import foreground_box, remove_islands
+from m4oe.cleanup import remove_islands
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -95,13 +95,4 @@ def test_diagonal_neighbours_are_not_connected() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 5), (1, 9, 1)])
 def test_an_empty_map_has_nothing_to_clean(shape: tuple[int, int, int]) -> None:
     labels = np.zeros(shape, np.uint8)
-    assert foreground_box(labels) is None
     assert remove_islands(labels, KEYS, 1.0) == {}
-
-
-@settings(max_examples=30, deadline=None)
-@given(SEEDS)
-def test_the_box_is_the_one_scipy_finds(seed: int) -> None:
-    labels = a_map(seed)
-    if labels.any():
-        assert foreground_box(labels) == ndimage.find_objects((labels > 0).astype(int))[0]

@@ -7,8 +7,9 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.geometry import Grid, Volume, nearest_rotation
+from m4oe.geometry import Grid, Volume, foreground_box, nearest_rotation
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 ALL_AXES = ["".join(letters) for pairs in permutations(("RL", "AP", "SI")) for letters in product(*pairs)]
@@ -172,3 +173,24 @@ def test_nearest_rotation_undoes_a_small_symmetric_stretch(seed: int, mirror: bo
     stretch = np.random.default_rng(seed).uniform(-0.1, 0.1, (3, 3))
     sheared = rotation @ (np.eye(3) + stretch + stretch.T)  # polar decomposition: rotation x symmetric positive
     np.testing.assert_allclose(nearest_rotation(sheared), rotation, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.tuples(*[st.integers(1, 9)] * 3),
+    st.permutations(range(3)),
+    st.sampled_from([np.uint8, np.uint16, np.float64, bool]),
+)
+def test_the_foreground_box_is_the_one_scipy_finds(
+    seed: int, shape: tuple[int, int, int], order: list[int], kind: type
+) -> None:
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(shape) > rng.uniform(0.5, 1)).astype(kind).transpose(order)[::-1, :, ::-1]
+    expected = ndimage.find_objects((labels != 0).astype(int))
+    assert foreground_box(labels) == (expected[0] if expected else None)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 5), (1, 9, 1)])
+def test_without_foreground_there_is_no_box(shape: tuple[int, int, int]) -> None:
+    assert foreground_box(np.zeros(shape, np.uint8)) is None
