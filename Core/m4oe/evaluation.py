@@ -14,8 +14,8 @@ def dice_scores(predicted: np.ndarray, truth: np.ndarray, labels: int) -> dict[i
         labels: Highest label value.
 
     Returns:
-        2 |A and B| / (|A| + |B|) for labels 1 to `labels` that either map has; a label that both lack has no Dice and
-        is left out, one that only one has scores 0.
+        2 |A and B| / (|A| + |B|) for the labels of the truth from 1 to `labels`. One that the truth lacks has none,
+        found or not: a mean over such zeros would measure how often patients lack an organ.
 
     Raises:
         ValueError: The shapes differ.
@@ -26,4 +26,4 @@ def dice_scores(predicted: np.ndarray, truth: np.ndarray, labels: int) -> dict[i
     sizes = [np.bincount(array.ravel(), minlength=count)[:count] for array in (predicted, truth)]
     both = np.bincount(truth[predicted == truth], minlength=count)[:count]
     totals = sizes[0] + sizes[1]
-    return {label: float(2 * both[label] / totals[label]) for label in range(1, count) if totals[label]}
+    return {label: float(2 * both[label] / totals[label]) for label in range(1, count) if sizes[1][label]}

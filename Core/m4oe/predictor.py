@@ -20,7 +20,7 @@ from .cleanup import remove_islands
 from .geometry import Grid, Volume
 from .labels import Structure, structure
 from .network.moe import keep_top_k
-from .network.unet import MoESwinUNet, seen_patches
+from .network.unet import MoESwinUNet
 from .package import load_model
 from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, LabelPainter, modality_evidence
 from .spec import DEFAULT_MODEL, find_model
@@ -29,7 +29,6 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.6
-_BACKGROUND_SCORE = 20.0  # against 0 of every structure, outside the body
 
 
 class Cancelled(RuntimeError):
@@ -246,11 +245,10 @@ class Predictor:
     def _gate_logits(self, canonical: CanonicalVolume) -> torch.Tensor:
         """The gate's mean logits [E] over slices from end to end."""
         chosen = np.linspace(0, canonical.shape[0] - 1, _GATE_SLICES).round().astype(int)
-        channels = self.spec.network.channels
+        channels, batch = self.spec.network.channels, _BATCH[self.device.type]
         stacks = [canonical.stacks(index, index + 1, channels) for index in np.unique(chosen).tolist()]
-        stacks_BSHW = torch.cat(stacks)
-        rows, columns = _body(stacks_BSHW, self.spec.network.patch)
-        return self.network.gate_logits(stacks_BSHW[:, :, rows, columns]).mean(0)
+        logits = [self.network.gate_logits(torch.cat(stacks[i : i + batch])) for i in range(0, len(stacks), batch)]
+        return torch.cat(logits).mean(0)
 
     def _select(self, weights: tuple[float, ...], forced: int | None) -> MoESwinUNet:
         """The network reduced to the experts in use; unless forced, token and channel gates keep deciding inside it."""
@@ -302,24 +300,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _scores(network: MoESwinUNet, stacks_BSHW: torch.Tensor) -> torch.Tensor:
-    """Scores [B, H, W, K] in float32; what lies outside the body is background and costs nothing."""
-    rows, columns = _body(stacks_BSHW, network.spec.patch)
-    inside_BSHW = stacks_BSHW[:, :, rows, columns]
-    scores_BHWK = network(inside_BSHW).float()
-    if inside_BSHW.shape == stacks_BSHW.shape:
-        return scores_BHWK
-    whole_BHWK = scores_BHWK.new_zeros(len(stacks_BSHW), *stacks_BSHW.shape[-2:], network.classes)
-    whole_BHWK[..., 0] = _BACKGROUND_SCORE
-    whole_BHWK[:, rows, columns] = scores_BHWK
-    return whole_BHWK
-
-
-def _body(stacks_BSHW: torch.Tensor, patch: int) -> tuple[slice, slice]:
-    """Rows and columns of the box around all patches that are brighter than air."""
-    seen_HW = seen_patches(stacks_BSHW, patch).any(0)
-    ends = [seen_HW.any(axis).nonzero().flatten().tolist() or [0] for axis in (1, 0)]
-    rows, columns = (slice(hits[0] * patch, (hits[-1] + 1) * patch) for hits in ends)
-    return rows, columns
+    return network(stacks_BSHW).float()
 
 
 @cache

@@ -161,10 +161,9 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Maps [B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded up: zeros complete an odd row or column."""
-        x = _pad(x_BHWC, x_BHWC.shape[1] % 2, x_BHWC.shape[2] % 2)
-        batch, height, width, channels = x.shape
-        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        """Maps [B, H, W, C] to [B, H / 2, W / 2, 2 C]; H and W are even."""
+        batch, height, width, channels = x_BHWC.shape
+        x = x_BHWC.view(batch, height // 2, 2, width // 2, 2, channels)
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 

@@ -18,7 +18,8 @@ from ..spec import NetworkSpec
 from .moe import ChannelGateFeedForward, MoEFeedForward, Router, Routing, TokenMoEFeedForward, keep_top_k
 from .swin import PatchExpand, PatchMerging, SwinBlock, unfold_pixels
 
-_AIR = 0.05  # intensity, in [0, 1], up to which a patch shows nothing
+_ROWS = 14  # of tokens at a time through the last layers
+AIR = 0.05  # intensity, in [0, 1], up to which a patch shows nothing
 
 
 class Stage(nn.ModuleList):
@@ -80,13 +81,15 @@ class MoESwinUNet(nn.Module):
             skips.append(stage(merge(skips[-1]), routing))
         x_BHWC = self.bottleneck_norm(skips.pop())
         for expand, skip, stage in zip(self.expand, self.skip, self.decoder, strict=True):
-            skipped_BHWC = skips.pop()
-            height_of_stage, width_of_stage = skipped_BHWC.shape[1:3]
-            expanded_BHWC = expand(x_BHWC)[:, :height_of_stage, :width_of_stage]
-            x_BHWC = stage(skip(torch.cat([expanded_BHWC, skipped_BHWC], dim=-1)), routing)
-        x_BHWPC = self.final_expand(self.decoder_norm(x_BHWC)).unflatten(-1, (self.spec.patch**2, -1))
-        scores_BHWPK = self.head(self.final_norm(x_BHWPC))  # per pixel, so before they are put in place: K < C
-        return unfold_pixels(scores_BHWPK.flatten(3), self.spec.patch)[:, :height, :width]
+            x_BHWC = stage(skip(torch.cat([expand(x_BHWC), skips.pop()], dim=-1)), routing)
+        scores_BHWK = self._classify(self.decoder_norm(x_BHWC))
+        return unfold_pixels(scores_BHWK, self.spec.patch)[:, :height, :width]
+
+    def _classify(self, x_BHWC: Tensor) -> Tensor:
+        """Scores of all pixels of each token, [B, H, W, P * K], some rows at a time: they fit into the cache."""
+        rows = [part for image in x_BHWC for part in image.split(_ROWS)] if not torch.is_grad_enabled() else [x_BHWC]
+        pixels = (self.final_expand(part).unflatten(-1, (self.spec.patch**2, -1)) for part in rows)
+        return torch.cat([self.head(self.final_norm(part)).flatten(-2) for part in pixels]).view(*x_BHWC.shape[:3], -1)
 
     def gate_logits(self, x_BSHW: Tensor) -> Tensor:
         """The image gate's logits [B, E] before softmax, from the shared first stage alone.
@@ -96,7 +99,7 @@ class MoESwinUNet(nn.Module):
         """
         if self.router is None:
             raise RuntimeError("this network has no image gate: it is dense, or gated per token or channel")
-        return self.router(self._first_stage(self._embed(x_BSHW)), seen_patches(x_BSHW, self.spec.patch))
+        return self.router(self._first_stage(self._embed(x_BSHW)), self._seen(x_BSHW))
 
     def select_experts(self, weights: tuple[float, ...]) -> MoESwinUNet:
         """The network with fixed expert weights, without experts of weight zero; its tensors are shared.
@@ -138,10 +141,18 @@ class MoESwinUNet(nn.Module):
         mixtures = [block.ffn for block in _blocks(self) if len(block.ffn.experts) > 1]
         return [parameter for ffn in mixtures for parameter in ffn.experts[index].parameters()]
 
-    def _embed(self, x_BSHW: Tensor) -> Tensor:
+    def _pad(self, x_BSHW: Tensor) -> Tensor:
+        multiple = self.spec.patch << (len(self.spec.depths) - 1)
         height, width = x_BSHW.shape[-2:]
-        x = F.pad(x_BSHW, (0, -width % self.spec.patch, 0, -height % self.spec.patch))
-        return self.patch_norm(self.patch_embed(x.to(self.patch_embed.weight.dtype)).permute(0, 2, 3, 1))
+        return F.pad(x_BSHW, (0, -width % multiple, 0, -height % multiple))
+
+    def _embed(self, x_BSHW: Tensor) -> Tensor:
+        x = self._pad(x_BSHW).to(self.patch_embed.weight.dtype)
+        return self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 1))
+
+    def _seen(self, x_BSHW: Tensor) -> Tensor:
+        """Whether a patch is brighter than air: [B, H, W] in tokens."""
+        return F.avg_pool2d(self._pad(x_BSHW).mean(1, keepdim=True), self.spec.patch)[:, 0] > AIR
 
     def _first_stage(self, x_BHWC: Tensor) -> Tensor:
         return self.encoder[0](x_BHWC, None)
@@ -153,14 +164,9 @@ class MoESwinUNet(nn.Module):
             weights_BE = first_BHWC.new_tensor(self.fixed_weights).expand(len(first_BHWC), -1)
         if weights_BE is None:
             assert self.router is not None  # an image-gated network without fixed weights has one
-            logits_BE = self.router(first_BHWC, seen_patches(x_BSHW, self.spec.patch))
+            logits_BE = self.router(first_BHWC, self._seen(x_BSHW))
             weights_BE = keep_top_k(logits_BE.softmax(-1), self.spec.top_k)
         return Routing.of(weights_BE)
-
-
-def seen_patches(x_BSHW: Tensor, patch: int) -> Tensor:
-    """Whether a patch of `patch` x `patch` pixels is brighter than air: [B, H / patch, W / patch], rounded up."""
-    return F.avg_pool2d(x_BSHW.mean(1, keepdim=True), patch, ceil_mode=True)[:, 0] > _AIR
 
 
 def upcycle(dense: MoESwinUNet, spec: NetworkSpec) -> MoESwinUNet:
