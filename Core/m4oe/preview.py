@@ -25,8 +25,7 @@ from .spec import IntensityRule
 
 _WIDTH, _HEIGHT, _MARGIN, _TOP, _GAP, _LEGEND = 1920, 1080, 48, 128, 12, 348
 _EDGE = 26  # pixels around a slice, for its letters and scale
-_PAGE, _RULE, _MUTED = (0.043, 0.051, 0.067), (0.15, 0.17, 0.21), (0.55, 0.6, 0.67)
-_LETTER = (0.98, 0.82, 0.42)
+_PAGE, _RULE, _MUTED, _LETTER = (0.043, 0.051, 0.067), (0.15, 0.17, 0.21), (0.55, 0.6, 0.67), (0.98, 0.82, 0.42)
 _SKY, _GROUND = (0.125, 0.15, 0.19), (0.03, 0.036, 0.048)  # behind the surfaces
 _CT_RULE, _MR_RULE = IntensityRule("window", -160, 240), IntensityRule("percentile", 0.5, 99.5)
 _DARK, _THIN = 0.07, 0.04  # brightness of air at most; what no body is thinner than, of the longer side of a slice
@@ -202,10 +201,11 @@ def _draw_slice(
     row, column = (room.shape[:2] - shape) // 2
     room[row : row + shape[0], column : column + shape[1]] = image
     _annotate(panel, *_PLANES[axis])
-    mm = next((mm for mm in (100, 50, 20, 10, 5, 2) if mm * scale < 0.2 * panel.shape[1]), 1)
+    longest = 0.2 * panel.shape[1]
+    mm = max(n * 10.0**power for power in range(-6, 3) for n in (1, 2, 5) if n * 10**power * scale < longest)
     bar, bottom = round(mm * scale), panel.shape[0] - _EDGE // 2
     panel[bottom - 1 : bottom + 2, 16 : 16 + bar] = INK
-    draw_text(panel, bottom, 26 + bar, f"{mm / 10:g} cm", 14)
+    draw_text(panel, bottom, 26 + bar, f"{mm / 10:g} cm" if mm >= 10 else f"{mm:g} mm", 14)
 
 
 def _body(grey: Floats, values: NDArray[Any], spacing: Floats) -> tuple[slice, ...]:
