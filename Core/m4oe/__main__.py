@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha")
 _LABEL_MAP = "It seems to be a label map, not an image."
+_COLUMNS = ("case", "structure", "name", "volume_ml", "expert", "model", "note")
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
 
 
@@ -210,7 +211,7 @@ def _segment_file(predictor: Predictor, path: Path, name: str, options: argparse
         if _LABEL_MAP in volume.warnings and path not in options.inputs:
             _say_skipped(path)
             return "skipped"
-        labels, report = _segment_volume(predictor, volume, name, options)
+        labels, report = _segment_volume(predictor, volume, name, path, options)
         if options.preview:
             _draw(predictor, volume, labels, report, name, options)
     except FAILURES as error:
@@ -233,7 +234,7 @@ def _read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
 
 
 def _segment_volume(
-    predictor: Predictor, volume: Volume, name: str, options: argparse.Namespace
+    predictor: Predictor, volume: Volume, name: str, source: Path, options: argparse.Namespace
 ) -> tuple[Volume, Report]:
     """Writes the labels, adds the case to the tables and prints what was found."""
     from .files import write_segmentation
@@ -241,8 +242,10 @@ def _segment_volume(
     with _progress_bar(name) as show:
         labels, report = predictor(volume, options.expert, options.structures, show)
         show("write", 1.0)
-        write_segmentation(options.output / f"{name}.{options.format}", labels, predictor.spec.label_keys, report.model)
-    _record(options.output, name, asdict(report))
+        target = options.output / f"{name}.{options.format}"
+        written = write_segmentation(target, labels, predictor.spec.label_keys, report.model)
+    files = [path.name for path in written] + [f"{name}.png"] * options.preview
+    _record(options.output, name, {"input": str(source.resolve()), "files": files, **asdict(report)})
     found = _count(len(report.volumes_ml), "structure")
     print(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s", flush=True)
     for warning in report.warnings:
@@ -251,10 +254,10 @@ def _segment_volume(
 
 
 def _experts(report: Report) -> str:
-    """The experts in use, who chose them, and how sure the gate was."""
+    """The experts in use, who chose them, and what the gate gave the one that it chose."""
     used = {key: weight for key, weight in report.expert_weights.items() if weight >= 0.005}
     names = ", ".join(used if len(used) == 1 else [f"{key} {weight:.0%}" for key, weight in used.items()])
-    sure = f" ({', '.join(f'{report.gate[key]:.0%} sure' for key in used)})" if len(used) == 1 and report.gate else ""
+    sure = "".join(f" ({report.gate[key]:.0%})" for key in used) if len(used) == 1 and report.gate else ""
     chosen = {"user": ", as you named it", "modality": " by header or HU", "gate": f" by the gate{sure}"}
     return f"expert {names}{chosen.get(report.chosen_by, '')}"
 
@@ -286,22 +289,34 @@ def _progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
 def _record(folder: Path, case: str, entry: Mapping[str, Any]) -> None:
     """Puts a case into the tables, beside all that other runs wrote there before or write at the same time.
 
-    volumes.json holds the whole reports, volumes.csv a row per case and structure. An error leaves what an earlier
-    run found in a case, as the files of that run are still there.
+    volumes.json holds the whole reports, volumes.csv a row per case and structure. A result takes the place of an
+    earlier one of the case, whose other files go; an error leaves it, as its files are still there.
     """
     from .files import atomic_write
 
     bytes_of_paths = "surrogateescape"
     with _alone_in(folder):
         entries = _entries(folder)
-        entries[case] = (entries.get(case, {}) if "error" in entry else {}) | {**entry}
+        earlier = entries.get(case, {})
+        entries[case] = (earlier if "error" in entry else {}) | {**entry}
         with atomic_write(folder / "volumes.json") as new:
             new.write_text(json.dumps(entries, indent=2), encoding="utf-8")
         with (
             atomic_write(folder / "volumes.csv") as new,
             new.open("w", newline="", encoding="utf-8", errors=bytes_of_paths) as file,
         ):
-            csv.writer(file).writerows([("case", "structure", "name", "volume_ml", "note"), *_rows(entries)])
+            csv.writer(file).writerows([_COLUMNS, *_rows(entries)])
+    if "error" not in entry:
+        _clear(folder, case, earlier, entry)
+
+
+def _clear(folder: Path, case: str, earlier: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    """Removes the files of a case's earlier result that its new one has not replaced."""
+    if earlier.get("input", entry["input"]) != entry["input"]:
+        _say(f"m4oe: warning: {case}: replaces the earlier result of {earlier['input']}")
+    for name in set(earlier.get("files", ())) - set(entry["files"]):
+        with suppress(OSError):
+            (folder / Path(name).name).unlink()
 
 
 @contextmanager
@@ -333,14 +348,21 @@ def _entries(folder: Path) -> dict[str, Any]:
 
 
 def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row per case and structure; a case that failed, or where nothing was found, has one with a note."""
+    """A row per case and structure; a case that failed, or where nothing was found, has one without a structure.
+
+    The note of a row has the warnings of its case.
+    """
     rows: list[tuple[str, ...]] = []
     for case, entry in entries.items():
-        note = entry.get("error", "")
-        volumes = entry.get("volumes_ml", {}) if note else entry["volumes_ml"]
-        rows += [(case, key, structure(key).name, f"{volume:.2f}", "") for key, volume in volumes.items()]
-        if note or not volumes:
-            rows.append((case, "", "", "", note or "nothing was found"))
+        failed = entry.get("error", "")
+        volumes = entry.get("volumes_ml", {}) if failed else entry["volumes_ml"]
+        experts = " ".join(key for key, weight in entry.get("expert_weights", {}).items() if weight >= 0.005)
+        about = (experts, entry.get("model", ""), "; ".join(entry.get("warnings", ())))
+        rows += [(case, key, structure(key).name, f"{volume:.2f}", *about) for key, volume in volumes.items()]
+        if failed:
+            rows.append((case, "", "", "", "", "", failed))
+        elif not volumes:
+            rows.append((case, "", "", "", *about))
     return rows
 
 
@@ -428,7 +450,7 @@ def _demo(options: argparse.Namespace) -> int:
     if phantom:
         write_volume(image, volume)
     _say(f"1/1 {name} ...")
-    labels, report = _segment_volume(predictor, volume, name, options)
+    labels, report = _segment_volume(predictor, volume, name, image, options)
     _draw(predictor, volume, labels, report, name, options)
     print("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in report.seconds.items()))
     if phantom:

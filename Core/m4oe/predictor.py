@@ -216,7 +216,7 @@ class Predictor:
         doubts = [evidence.doubt] if evidence.doubt else []
         says = f"{'its header or HU say' if evidence.certain else 'its intensities suggest'} {evidence.modality}"
         if forced is not None:
-            if evidence.certain and experts[forced].modality != evidence.modality:
+            if experts[forced].modality != evidence.modality:
                 doubts.insert(0, f"modality in doubt: {says}, the expert {names[forced]} that you named is for another")
             return _Route(tuple(float(index == forced) for index in range(len(names))), (), "user", doubts)
         if self.network.router is None:
@@ -234,7 +234,7 @@ class Predictor:
         weights_E = logits_E.softmax(-1)
         best, free = int(weights_E.argmax()), int(free_E.argmax())
         if experts[free].modality != evidence.modality:
-            used = f"{names[best]} was used, name another expert if that is wrong"
+            used = f"{names[best]} was used: name another expert if that is wrong"
             doubts.insert(0, f"modality in doubt: {says}, the gate says {names[free]}; {used}")
         elif float(weights_E[best]) < _SURE:
             doubts.insert(0, f"modality in doubt: the gate gives {names[best]} only {float(weights_E[best]):.0%}")
@@ -356,7 +356,7 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -
         if item.volume_ml and not _is_plausible(item, volumes_ml[key], key in cut)
     ]
     if names := [found[key].name for key in cut if key in found]:
-        warnings.append(f"cut by the field of view, so that volumes are lower bounds: {', '.join(names)}")
+        warnings.append(f"at the edge of the field of view, so cut or not there at all: {', '.join(names)}")
     return warnings
 
 
