@@ -1,6 +1,7 @@
 """The command line: `m4oe segment`, `models`, `info`, `train` and `demo`.
 
-Exit codes: 0 all done, 1 an input failed, 2 the command itself cannot be carried out, 130 interrupted, 143 terminated.
+Exit codes: 0 all done, 1 an input failed, 2 the command itself cannot be carried out, 130 interrupted, 141
+output closed, 143 terminated.
 """
 
 from __future__ import annotations
@@ -115,14 +116,13 @@ def _keys(text: str) -> list[str]:
 
 def _segment(options: argparse.Namespace) -> int:
     inputs, failed = _find_inputs(options.inputs)
-    if not inputs:
-        return 1
+    names = dict(zip(inputs, _case_names(inputs), strict=True))
     paths = [*inputs, *failed]
-    names = dict(zip(paths, _case_names(paths), strict=True))
-    predictor = _predictor(options)
-    _start(options.output, predictor.spec)
-    for path, error in failed.items():
-        _record(options.output, names[path], {"error": error})
+    if inputs:
+        predictor = _predictor(options)
+        _start(options.output, predictor.spec)
+    for path, error in failed.items() if options.output.is_dir() else ():
+        _record(options.output, _stem(path), {"error": error})
     outcomes: Counter[str] = Counter()
     for number, path in enumerate(inputs, start=1):
         _say(f"{number}/{len(inputs)} {names[path]} ...")
@@ -141,10 +141,10 @@ def _find_inputs(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
     inputs: dict[Path, None] = {}
     failed = {}
     for path in paths:
-        for labels in find_label_maps(path):
-            if labels not in paths:
-                _say_skipped(labels)
         try:
+            for labels in find_label_maps(path):
+                if labels not in paths:
+                    _say_skipped(labels)
             inputs |= dict.fromkeys(find_inputs([path]))
         except (ValueError, OSError) as error:
             failed[path] = _one_line(error)
@@ -158,8 +158,8 @@ def _say_skipped(path: Path) -> None:
 
 def _case_names(inputs: Sequence[Path]) -> list[str]:
     """A file name for each input's results: its stem, where stems repeat with the folder's name, then the suffix."""
-    places = [path.resolve() for path in inputs]
-    stems = [place.name if place.is_dir() else re.sub(r"(\.nii)?\.\w+$", "", place.name) for place in places]
+    places = [path.absolute() for path in inputs]  # not where a link leads
+    stems = [_stem(place) for place in places]
     names = stems
     for longer in (stems, [place.name.replace(".", "_") for place in places]):
         repeated = Counter(["volumes", *names])  # volumes.csv is taken
@@ -170,6 +170,10 @@ def _case_names(inputs: Sequence[Path]) -> list[str]:
     if again := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"several inputs would be written as {', '.join(again)}; segment them into separate folders")
     return names
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else re.sub(r"(\.nii)?\.\w+$", "", path.name)
 
 
 def _predictor(options: argparse.Namespace) -> Predictor:
@@ -214,6 +218,8 @@ def _segment_file(predictor: Predictor, path: Path, name: str, options: argparse
         labels, report = _segment_volume(predictor, volume, name, path, options)
         if options.preview:
             _draw(predictor, volume, labels, report, name, options)
+    except BrokenPipeError:  # nobody reads what is printed; the case itself is done
+        raise
     except FAILURES as error:
         sentence = _one_line(error if str(path) in str(error) else f"{path}: {error}")
         _say_error(sentence, 1)
@@ -244,8 +250,8 @@ def _segment_volume(
         show("write", 1.0)
         target = options.output / f"{name}.{options.format}"
         written = write_segmentation(target, labels, predictor.spec.label_keys, report.model)
-    files = [path.name for path in written] + [f"{name}.png"] * options.preview
-    _record(options.output, name, {"input": str(source.resolve()), "files": files, **asdict(report)})
+    files = [path.name for path in written]
+    _record(options.output, name, {"input": str(source.absolute()), "files": files, **asdict(report)})
     found = _count(len(report.volumes_ml), "structure")
     print(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s", flush=True)
     for warning in report.warnings:
@@ -290,7 +296,7 @@ def _record(folder: Path, case: str, entry: Mapping[str, Any]) -> None:
     """Puts a case into the tables, beside all that other runs wrote there before or write at the same time.
 
     volumes.json holds the whole reports, volumes.csv a row per case and structure. A result takes the place of an
-    earlier one of the case, whose other files go; an error leaves it, as its files are still there.
+    earlier one of the case; an error leaves it, as its files are still there.
     """
     from .files import atomic_write
 
@@ -306,17 +312,10 @@ def _record(folder: Path, case: str, entry: Mapping[str, Any]) -> None:
             new.open("w", newline="", encoding="utf-8", errors=bytes_of_paths) as file,
         ):
             csv.writer(file).writerows([_COLUMNS, *_rows(entries)])
-    if "error" not in entry:
-        _clear(folder, case, earlier, entry)
-
-
-def _clear(folder: Path, case: str, earlier: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """Removes the files of a case's earlier result that its new one has not replaced."""
-    if earlier.get("input", entry["input"]) != entry["input"]:
+    if "files" in entry and earlier.get("input", entry["input"]) != entry["input"]:
         _say(f"m4oe: warning: {case}: replaces the earlier result of {earlier['input']}")
-    for name in set(earlier.get("files", ())) - set(entry["files"]):
-        with suppress(OSError):
-            (folder / Path(name).name).unlink()
+    if stale := [name for name in earlier.get("files", ()) if "files" in entry and name not in entry["files"]]:
+        _say(f"m4oe: warning: {case}: {', '.join(stale)} in {folder} may be of an earlier run")
 
 
 @contextmanager
@@ -338,7 +337,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _entries(folder: Path) -> dict[str, Any]:
     """What the tables in `folder` hold, by case."""
-    path = folder / "volumes.json"
+    path, table = folder / "volumes.json", folder / "volumes.csv"
+    if table.exists() and not table.read_bytes().startswith(b"case,structure,name,volume_ml"):
+        raise ValueError(f"{table} is not what m4oe writes; move it away or choose another folder")
     try:
         entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         _rows(entries)

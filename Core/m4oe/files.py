@@ -32,7 +32,7 @@ _SEGMENTATIONS = (".seg.nrrd", *_WRITTEN)
 _LABEL_NAME = re.compile(r"(^|[ ._-])(label(s|map)?([ ._-].*)?|seg|segmentation|mask)$", re.IGNORECASE)
 _TABLE = ("LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A")
 _MOST_LABELS = 256  # values that a label map may have
-_ALIKE = 0.5  # of the voxels of a value equal the one before: 0.84 and more in maps of organs, 0.05 at most in images
+_ALIKE = 0.75  # of the voxels of a value equal the one before: 0.84 and more in maps of organs, far fewer in images
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _UNEVEN = 0.05  # part of the usual slice gap by which a gap may differ
 _CODES = {
@@ -102,7 +102,7 @@ def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
 def is_label_map(path: str | os.PathLike[str], volume: Volume) -> bool:
     """Whether a volume that was read from `path` is a label map, by its name, header, colour table or voxels."""
     path = Path(path)
-    ours = volume.array.dtype == np.uint8 and _has_color_table(path)
+    ours = volume.array.dtype == np.uint8 and set(np.unique(volume.array).tolist()) <= _table_values(path)
     return ours or (path.is_file() and _is_called_labels(path)) or _holds_labels(volume.array)
 
 
@@ -215,13 +215,17 @@ def _is_called_labels(path: Path) -> bool:
     return re.search(rb"^Segment\w+:=", header, re.MULTILINE) is not None
 
 
-def _has_color_table(path: Path) -> bool:
-    """Whether a table of `write_segmentation` lies beside a file."""
+def _table_values(path: Path) -> set[int]:
+    """Background and the label values of a table of `write_segmentation` beside a file; empty without one."""
     table = path.with_name(f"{_stem(path, _IMAGES)}.csv")
-    begin = ",".join(_TABLE).encode()
-    with suppress(OSError), table.open("rb") as file:
-        return file.read(len(begin)) == begin
-    return False
+    begin = ",".join(_TABLE)
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+        return (
+            {0, *(int(line.partition(",")[0]) for line in lines[1:])} if lines and lines[0].startswith(begin) else set()
+        )
+    except (OSError, ValueError):
+        return set()
 
 
 def _holds_labels(array: NDArray[Any]) -> bool:

@@ -25,7 +25,7 @@ _BYTES = {
     "MET_DOUBLE": 8,
 }
 _UNPACKED = 1032  # most bytes that one byte of deflate can stand for
-_LONGEST = 1 << 16  # bytes of a header
+_LONGEST = 1 << 24  # bytes of a header
 
 
 def check_metaimage(path: Path) -> None:

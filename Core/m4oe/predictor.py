@@ -320,7 +320,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     run()
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -350,7 +350,7 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -
         return [f"a single slice: volumes are areas times {thickness:g} mm, and were not compared with patients'"]
     found = {key: structure(key) for key in volumes_ml}
     warnings = [
-        f"{item.name} has {_ml(volumes_ml[key])}, outside the {_ml(item.volume_ml[0])} to {_ml(item.volume_ml[2])} "
+        f"{item.name} has {_ml(volumes_ml[key])} mL, outside the {item.volume_ml[0]:g} to {item.volume_ml[2]:g} mL "
         "seen in patients: check it"
         for key, item in found.items()
         if item.volume_ml and not _is_plausible(item, volumes_ml[key], key in cut)
@@ -366,4 +366,4 @@ def _is_plausible(item: Structure, found_ml: float, cut: bool) -> bool:
 
 
 def _ml(volume: float) -> str:
-    return f"{volume:.0f} mL" if volume >= 100 else f"{volume:.2g} mL"
+    return f"{volume:.1f}" if volume >= 10 else f"{volume:.2g}"

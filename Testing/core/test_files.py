@@ -569,6 +569,7 @@ NOISE = np.random.default_rng(0).normal(0, 3, (6, 20, 20))
 IMAGES = {
     "empty": np.zeros((6, 20, 20), np.uint8),
     "one grey value": an_organ_map(values=(200,)),
+    "doubled pixels": np.clip(np.where(an_organ_map() > 0, 12 + NOISE, 0), 0, 40).astype(np.uint8).repeat(2, axis=2),
     "drawn in grey values": an_organ_map(values=(50, 100, 255)),
     "CT": (an_organ_map("i2", (60, 40)) - 1000),
     "negative": an_organ_map("i2", (-1, -2)),

@@ -315,17 +315,31 @@ def test_a_failure_leaves_what_an_earlier_run_found_and_a_success_ends_the_failu
     assert rows(tmp_path / "out")[-1]["note"] == "; ".join(first["warnings"])
 
 
-def test_a_new_result_takes_the_place_of_all_files_of_the_earlier_one(
+def test_a_new_result_takes_the_place_of_the_earlier_one_and_says_so(
     segment: Command, tmp_path: Path, capsys: Captured
 ) -> None:
-    segment(saved(tmp_path / "a" / "CT.mha"), "--preview")
-    (tmp_path / "out" / "mine.txt").write_text("mine")
+    segment(saved(tmp_path / "a" / "CT.mha"))
     capsys.readouterr()
     segment(saved(tmp_path / "b" / "CT.mha"), "--format", "nii.gz")
-    found = names(tmp_path / "out")
-    assert [name for name in found if name.startswith(("CT", "mine"))] == ["CT.csv", "CT.nii.gz", "mine.txt"]
-    assert f"CT: replaces the earlier result of {tmp_path / 'a' / 'CT.mha'}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"CT: replaces the earlier result of {tmp_path / 'a' / 'CT.mha'}" in said
+    assert f"CT: CT.seg.nrrd in {tmp_path / 'out'} may be of an earlier run" in said
     assert {(row["expert"], row["model"]) for row in rows(tmp_path / "out")} == {("ct", "tiny 1")}
+
+
+def test_a_table_of_somebody_else_is_not_overwritten(segment: Command, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.csv").write_text("patient,age\n")
+    assert segment(saved(tmp_path / "CT.mha")) == 2
+    assert "volumes.csv is not what m4oe writes" in the_error(capsys)
+    assert (tmp_path / "out" / "volumes.csv").read_text() == "patient,age\n"
+
+
+def test_a_case_is_named_after_a_link_and_not_its_target(segment: Command, tmp_path: Path) -> None:
+    saved(tmp_path / "store" / "d41d8cd9.mha")
+    (tmp_path / "sub-01.mha").symlink_to(tmp_path / "store" / "d41d8cd9.mha")
+    assert segment(tmp_path / "sub-01.mha") == 0
+    assert (tmp_path / "out" / "sub-01.seg.nrrd").exists()
 
 
 def test_where_nothing_was_written_no_results_are_announced(segment: Command, tmp_path: Path, capsys: Captured) -> None:

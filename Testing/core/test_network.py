@@ -252,6 +252,13 @@ def test_the_channel_gate_has_the_size_and_twice_the_cost_of_the_original() -> N
     assert gflop(network) / SWIN_UNET_GFLOP == pytest.approx(2.12, abs=0.01)
 
 
+def test_prediction_by_rows_scores_what_training_scores() -> None:
+    network, images = a_network(SMALL), torch.rand(2, 1, 70, 24)  # 35 rows of tokens
+    with torch.no_grad():
+        by_rows = network(images)
+    assert_close(by_rows, network(images))
+
+
 @pytest.mark.parametrize("spec", [SMALL, IMAGE, replace(IMAGE, top_k=1), TOKEN, CHANNEL])
 @pytest.mark.parametrize("size", [(1, 1), (31, 33), (37, 50), (224, 224)])
 def test_any_input_size_gives_scores_of_that_size(spec: NetworkSpec, size: tuple[int, int]) -> None:
