@@ -705,6 +705,8 @@ def python(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         "stderr": subprocess.PIPE,
         "text": True,
         "env": environment,
+        # A job in the background ignores Ctrl-C, and so would what it starts.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     } | options
     return subprocess.Popen([sys.executable, *map(str, arguments)], **given)
 
