@@ -35,6 +35,7 @@ train: .venv/installed ## train a model on made-up volumes, into build/train
 benchmark: .venv/installed ## measure speed and memory
 	$(BIN)/python Testing/benchmarks/inference.py
 	$(BIN)/python Testing/benchmarks/memory.py
+	$(BIN)/python Testing/benchmarks/loading.py
 
 format: .venv/installed-test ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix-only --quiet

@@ -1,4 +1,4 @@
-"""The command line: `m4oe segment`, `models`, `info`, `train` and `demo`.
+"""The command line: `m4oe segment`, `evaluate`, `models`, `info`, `train`, `demo` and `data`.
 
 Exit codes: 0 all done, 1 an input failed, 2 the command itself cannot be carried out, 130 interrupted, 141
 output closed, 143 terminated.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -17,17 +18,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .data_commands import add_data_commands
 from .labels import structure
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, installed_models, model_folders, read_spec
 
 if TYPE_CHECKING:
+    from .evaluation import Rules
     from .geometry import Volume
     from .predictor import Predictor, Report
+    from .training.config import TrainConfig
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha")
 _LABEL_MAP = "It seems to be a label map, not an image."
@@ -77,17 +82,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_prediction_options(segment)
     segment.set_defaults(run=_segment)
 
+    _add_evaluate(commands)
+
     commands.add_parser("models", help="list the installed models").set_defaults(run=_models)
 
     info = commands.add_parser("info", help="show what a model is and how it scored")
     info.add_argument("model", metavar="FILE", nargs="?", default=DEFAULT_MODEL, help="model file or name")
     info.set_defaults(run=_info)
 
-    train = commands.add_parser("train", help="train a model")
-    train.add_argument("--phantoms", action="store_true", required=True, help="on computer-made phantoms")
+    train = commands.add_parser("train", help="train a model; the same command goes on with a run that stopped")
+    train.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="what to train on: a file of m4oe data plan")
+    train.add_argument("--phantoms", action="store_true", help="on computer-made phantoms instead")
     train.add_argument("--quick", action="store_true", help="in miniature, to see that training works")
+    train.add_argument("--preset", choices=("small", "full"), default="small", help="default: %(default)s")
+    train.add_argument("--length", type=float, default=1.0, metavar="F", help="times the preset's steps")
+    train.add_argument("--pretrain", type=int, default=0, metavar="N", help="steps of pretraining without labels")
+    train.add_argument(
+        "--init", metavar="FILE", help="timm, or a safetensors file of a Swin transformer, to start from"
+    )
+    train.add_argument("--name", default="m4oe", help="of the model; default: %(default)s")
+    train.add_argument("--cache", type=Path, metavar="FOLDER", help="for prepared cases; default: OUT/cache")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    train.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder for the run")
+    train.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+    train.add_argument("--json", action="store_true", help="print events as JSON, one per line")
+    train.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder of the run")
     train.set_defaults(run=_train)
 
     demo = commands.add_parser("demo", help="segment a phantom and show the result")
@@ -97,7 +115,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=2026, metavar="N", help="of the phantom; default: %(default)s")
     _add_prediction_options(demo)
     demo.set_defaults(run=_demo, format=FORMATS[0], preview=True)
+
+    add_data_commands(commands)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="score segmentations against the truth")
+    evaluate.add_argument("predicted", metavar="PRED", type=Path, help="segmentation, or folder of them")
+    evaluate.add_argument("truth", metavar="TRUTH", type=Path, help="the same, of the truth; paired by case names")
+    evaluate.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder for the results")
+    evaluate.add_argument("--compare", type=Path, metavar="PRED", help="another model's segmentations, to compare")
+    evaluate.add_argument("--structures", type=_keys, metavar="KEY,KEY", help="default: all that any truth lists")
+    evaluate.add_argument("--labels", metavar="FILE", help="what label values mean, where files do not say it")
+    evaluate.add_argument("--predicted-labels", metavar="FILE", help="the same of predictions; default: as --labels")
+    evaluate.add_argument("--preset", choices=("default", "flare"), default="default", help="rules of a challenge")
+    evaluate.add_argument("--tolerance", type=_keys, metavar="MM|KEY=MM,..", help="of NSD; default: FLARE22's, else 2")
+    evaluate.add_argument("--jobs", type=int, metavar="N", help="processes; default: up to 4")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_prediction_options(parser: argparse.ArgumentParser) -> None:
@@ -367,6 +402,65 @@ def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluation_files import evaluate_files, pair_files
+    from .evaluation_report import score_table, write_evaluation
+
+    places = [options.predicted, *([options.compare] if options.compare else [])]
+    rules = _evaluation_rules(options)
+    keys = [structure(key).key for key in options.structures or ()]
+    truth_labels = _meanings(options.labels)
+    labels = _meanings(options.predicted_labels) or truth_labels
+    jobs = options.jobs or min(4, os.cpu_count() or 1)
+    pairs = [pair_files(place, options.truth) for place in places]
+    _prepare_folder(options.output)
+    evaluations = []
+    for place, name, paired in zip(places, _model_names(places), pairs, strict=True):
+        with _progress_bar(name) as show:
+            evaluations.append(evaluate_files(paired, name, rules, keys, truth_labels, labels, jobs, show))
+        for case, problem in evaluations[-1].problems.items():
+            _say_error(f"{name}: {case}: {problem}", 1)
+        for note in evaluations[-1].notes:
+            _say(f"m4oe: warning: {name}: {note}")
+        if not evaluations[-1].scores:
+            return _say_error(f"nothing in {place} could be scored against {options.truth}", 1)
+    summary = write_evaluation(options.output, evaluations, options.truth, rules)
+    print("\n".join(map(score_table, summary["models"])))
+    print(f"report: {options.output / 'report.html'}")
+    return int(any(evaluation.problems for evaluation in evaluations))
+
+
+def _evaluation_rules(options: argparse.Namespace) -> Rules:
+    from .evaluation import Rules
+
+    everywhere, by_key = None, {}
+    for text in options.tolerance or ():
+        key, _, number = text.rpartition("=")
+        try:
+            millimetres = float(number)
+        except ValueError:
+            millimetres = -1.0
+        if not 0 <= millimetres < math.inf:
+            raise ValueError(f"--tolerance {text} is not understood, expected a number of mm such as 3 or liver=5")
+        if key:
+            by_key[structure(key).key] = millimetres
+        else:
+            everywhere = millimetres
+    return Rules(options.preset == "flare", everywhere, by_key)
+
+
+def _meanings(source: str | None) -> dict[int, str] | None:
+    from .labelmap import read_meanings
+
+    return read_meanings(Path(source)) if source else None
+
+
+def _model_names(places: Sequence[Path]) -> list[str]:
+    """Short names for the predictions, or their paths where those are alike."""
+    names = [place.resolve().name for place in places]
+    return names if len(set(names)) == len(names) else [str(place) for place in places]
+
+
 def _models(options: argparse.Namespace) -> int:
     code, paths = 0, installed_models()
     for path in paths:
@@ -419,14 +513,51 @@ def _score_table(spec: ModelSpec) -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .training.config import DEMO, QUICK
-    from .training.loop import train_on_phantoms
+    from .training.config import DEMO, FULL, QUICK, SMALL
+    from .training.loop import train
+    from .training.phantom_data import phantom_data, score_on_phantoms
+    from .training.plan import read_plan
+    from .training.plan_data import plan_config, plan_data, score_on_plan
+    from .training.ranks import joined_ranks, local_device
+    from .training.start import start_network
 
+    if (options.plan is None) == (not options.phantoms):
+        raise ValueError("expected a plan of m4oe data plan, or --phantoms")
     _prepare_folder(options.output)
-    config = replace(QUICK if options.quick else DEMO, seed=options.seed)
-    model = train_on_phantoms(config, options.output, _print_event)
-    print(f"\n{_score_table(read_spec(model))}\n\nmodel: {model}")
+    say = _print_json if options.json else _print_event
+    with joined_ranks() as ranks:
+        if options.plan is None:
+            config = replace(QUICK if options.quick else DEMO, seed=options.seed)
+            phantoms, unseen = (8, 2) if options.quick else (60, 5)
+            data = phantom_data(config, phantoms, say)
+            score: Callable[[Path], object] = partial(score_on_phantoms, count=unseen, emit=say)
+        else:
+            plan = read_plan(options.plan)
+            preset = {"quick": QUICK, "small": SMALL, "full": FULL}["quick" if options.quick else options.preset]
+            config = plan_config(_with_options(preset, options), plan)
+            data = plan_data(config, plan, options.cache or options.output / "cache", say)
+            score = partial(score_on_plan, plan=plan, emit=say)
+        start = start_network(options.init, config, len(data.spec.structures) + 1) if options.init else None
+        device = local_device() if options.device == "auto" else options.device
+        model = train(config, data, options.output, say, ranks, device, start)
+        if ranks.rank == 0:
+            score(model)
+            print(f"\n{_score_table(read_spec(model))}\n\nmodel: {model}")
     return 0
+
+
+def _with_options(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
+    """The preset with the options' name and seed, and its stages as many times as long."""
+    from .training.config import Stage
+
+    stages = tuple(replace(stage, steps=max(1, round(options.length * stage.steps))) for stage in config.stages)
+    if options.pretrain:
+        stages = (Stage("pretrain", options.pretrain, stages[0].learning_rate), *stages)
+    return replace(config, name=options.name, seed=options.seed, stages=stages)
+
+
+def _print_json(event: Mapping[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
 
 
 def _print_event(event: Mapping[str, Any]) -> None:
@@ -434,6 +565,12 @@ def _print_event(event: Mapping[str, Any]) -> None:
         losses = ", ".join(f"{key} {value:.3f}" for key, value in event["loss"].items())
         step = f"{event['stage']} {event['step']}/{event['steps']}"
         print(f"{step}: loss {losses}; {event['seconds']:.0f} s", flush=True)
+    elif event["event"] == "validated":
+        print(f"{event['stage']} {event['step']}: validation Dice {event['score']:.3f}", flush=True)
+    elif event["event"] == "left out":
+        _say(f"m4oe: warning: {event['case']} is left out: {event['reason']}")
+    elif event["event"] == "resumed":
+        print(f"goes on at step {event['step']} of stage {event['stage'] + 1}", flush=True)
     elif event["event"] == "phantoms":
         print(f"phantoms {event['made']}/{event['of']}", flush=True)
 

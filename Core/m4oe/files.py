@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .geometry import Grid, Volume
 from .labels import Code, Structure, structure
 from .metaimage import check_metaimage
-from .nifti import are_orthogonal, check_spacing, choose_frame, read_nifti
+from .nifti import Header, are_orthogonal, check_spacing, choose_frame, read_nifti, read_nifti_header
 
 _NIFTI = (".nii.gz", ".nii")
 _DICOM = (".dcm", ".ima")
@@ -58,20 +58,27 @@ def read_volume(path: str | os.PathLike[str], frame: int | None = None) -> Volum
         ValueError: It is damaged or of an unknown kind, its geometry is impossible, or it has no such frame.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {path}.")
-    try:
-        with _silent_itk():
-            volume = _read(path, frame)
-    except ValueError as error:
-        raise ValueError(f"Cannot read {path}: {error}") from error
-    except MemoryError as error:
-        raise ValueError(f"Cannot read {path}: there is not enough memory for it, or its header is damaged.") from error
-    except RuntimeError as error:  # ITK's own message is a trace of its source code
-        raise ValueError(f"Cannot read {path}: it is damaged, incomplete or not what its name says.") from error
+    with _reading(path):
+        volume = _read(path, frame)
     if not are_orthogonal(volume.grid.direction):
         volume = _warned(volume, "The axes are not at right angles (tilted gantry?).")
     return replace(volume, name=_stem(path, _IMAGES) if path.is_file() else path.resolve().name)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Geometry, type and number of frames of what `read_volume` would read; of NIfTI without reading the voxels.
+
+    Raises:
+        FileNotFoundError: There is nothing at `path`.
+        ValueError: As `read_volume`.
+    """
+    path = Path(path)
+    with _reading(path):
+        if path.is_file() and _suffix(path, _NIFTI):
+            return read_nifti_header(path)
+        size: tuple[int, ...] = _opened(path).GetSize() if path.is_file() else ()
+    volume = read_volume(path, 0)
+    return Header(volume.grid, volume.array.dtype, size[3] if len(size) == 4 else 1, volume.warnings)
 
 
 def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -269,6 +276,22 @@ def _stem(path: Path, choices: tuple[str, ...]) -> str:
 
 
 # Reading
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns every failure into one sentence that names the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder {path}.")
+    try:
+        with _silent_itk():
+            yield
+    except ValueError as error:
+        raise ValueError(f"Cannot read {path}: {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"Cannot read {path}: there is not enough memory for it, or its header is damaged.") from error
+    except RuntimeError as error:  # ITK's own message is a trace of its source code
+        raise ValueError(f"Cannot read {path}: it is damaged, incomplete or not what its name says.") from error
 
 
 def _read(path: Path, frame: int | None) -> Volume:

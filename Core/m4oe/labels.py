@@ -6,7 +6,7 @@ Read from structures.csv: codes as scheme^value^meaning, colours as R G B, volum
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -126,3 +126,11 @@ def _code(text: str) -> Code | None:
 
 def _triplet(code: Code | None) -> str:
     return f"{code.scheme}^{code.value}^{code.meaning}" if code else "^^"
+
+
+def ancestry(key: str) -> Iterator[str]:
+    """A structure and those that it is part of, from small to large."""
+    current: str | None = key
+    while current:
+        yield current
+        current = structure(current).parent

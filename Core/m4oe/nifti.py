@@ -10,7 +10,9 @@ import gzip
 import io
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,22 @@ _CHUNK = 1 << 24  # bytes read at once
 _COSINE = 1e-3  # between two axes from which on they are not at right angles
 
 
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What a file says of its voxels before they are read.
+
+    Attributes:
+        dtype: Of the voxels as they are stored.
+        frames: More than 1 where it is 4-D.
+        warnings: What had to be assumed, one sentence each.
+    """
+
+    grid: Grid
+    dtype: np.dtype[Any]
+    frames: int
+    warnings: tuple[str, ...] = ()
+
+
 def read_nifti(path: Path, frame: int | None) -> Volume:
     """Reads one frame of a file, packed or not, with the affine that ITK and Slicer choose.
 
@@ -59,14 +77,29 @@ def read_nifti(path: Path, frame: int | None) -> Volume:
         ValueError: The file is damaged, incomplete or no single-file NIfTI-1 of real numbers, its spacing is not above
             zero, or it has no such frame.
     """
-    try:
-        with _unpacked(path) as file:
-            header, order = _header(file.read(_HEADER.itemsize))
-            array = _voxels(file, header, order, frame)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError("it is damaged or incomplete, its compressed data do not unpack.") from error
+    with _unpacked(path) as file:
+        header, order = _header(file.read(_HEADER.itemsize))
+        array = _voxels(file, header, order, frame)
     affine, warnings = _affine(header)
     return Volume(array, Grid(array.shape, affine), warnings=warnings)
+
+
+def read_nifti_header(path: Path) -> Header:
+    """Reads the header alone, and sees at the file's length whether the voxels are there.
+
+    Raises:
+        ValueError: As `read_nifti`.
+    """
+    with _unpacked(path) as file:
+        header, order = _header(file.read(_HEADER.itemsize))
+    *shape, frames = _sizes(header)
+    dtype = np.dtype(f"{order}{_TYPES[int(header['datatype'])]}")
+    needed = max(352, int(header["vox_offset"])) + math.prod((*shape, frames)) * dtype.itemsize
+    if not _holds(path, needed):
+        read_nifti(path, frames - 1)  # says what is missing, or that there is only more than expected
+    affine, warnings = _affine(header)
+    i, j, k = shape
+    return Header(Grid((k, j, i), affine), dtype, frames, warnings)
 
 
 def choose_frame(frames: int, frame: int | None) -> int:
@@ -101,11 +134,28 @@ def are_orthogonal(columns: NDArray[np.float64]) -> bool:
     return bool(np.abs(columns.T @ columns - np.eye(3)).max() < _COSINE)
 
 
-def _unpacked(path: Path) -> io.BufferedReader | gzip.GzipFile:
+@contextmanager
+def _unpacked(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     """Opens by content, for plain files are at times called .nii.gz."""
+    try:
+        with gzip.open(path) if _is_zipped(path) else path.open("rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError("it is damaged or incomplete, its compressed data do not unpack.") from error
+
+
+def _is_zipped(path: Path) -> bool:
     with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if zipped else path.open("rb")
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _holds(path: Path, size: int) -> bool:
+    """Whether the file's length, or the unpacked length in its last four bytes (modulo 2^32), tells of `size` bytes."""
+    with path.open("rb") as file:
+        if not _is_zipped(path):
+            return file.seek(0, io.SEEK_END) >= size
+        file.seek(-4, io.SEEK_END)
+        return int.from_bytes(file.read(4), "little") == size % 2**32
 
 
 def _header(data: bytes) -> tuple[Any, str]:
@@ -130,9 +180,15 @@ def _header(data: bytes) -> tuple[Any, str]:
     return header, order
 
 
+def _sizes(header: Any) -> tuple[int, int, int, int]:
+    """Number of voxels along i, j, k, and of frames."""
+    i, j, k, t = (int(size) if axis < header["dim"][0] else 1 for axis, size in enumerate(header["dim"][1:5]))
+    return i, j, k, t
+
+
 def _voxels(file: io.BufferedReader | gzip.GzipFile, header: Any, order: str, frame: int | None) -> NDArray[Any]:
     """Voxels [k, j, i] of one frame."""
-    i, j, k, frames = (int(size) if axis < header["dim"][0] else 1 for axis, size in enumerate(header["dim"][1:5]))
+    i, j, k, frames = _sizes(header)
     chosen = choose_frame(frames, frame)
     array = np.empty((k, j, i), f"{order}{_TYPES[int(header['datatype'])]}")
     file.seek(max(352, int(header["vox_offset"])) + chosen * array.nbytes)

@@ -171,7 +171,7 @@ class Predictor:
                 canonical = self._canonical(volume, evidence, forced)
             with phases("route"):
                 route = self._route(canonical, evidence, forced)
-                network = self._select(route.weights, forced)
+                network, classes = self._select(route.weights, forced)
             found = np.zeros(volume.array.shape, np.uint8)
             labels = Volume(found, volume.grid).to_axes(CANONICAL_AXES).array
             for fraction in self._paint(network, canonical, labels, phases):
@@ -179,7 +179,7 @@ class Predictor:
                 if cancelled is not None and cancelled():
                     raise Cancelled("segmentation was cancelled; nothing was written")
             with phases("cleanup"):
-                counts = self._clean(labels, keep, volume.grid.voxel_ml)
+                counts = self._clean(labels, classes, keep, volume.grid.voxel_ml)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
         warnings = (*volume.warnings, *route.doubts, *_volume_warnings(volumes, cut, volume.grid))
@@ -250,11 +250,15 @@ class Predictor:
         logits = [self.network.gate_logits(torch.cat(stacks[i : i + batch])) for i in range(0, len(stacks), batch)]
         return torch.cat(logits).mean(0)
 
-    def _select(self, weights: tuple[float, ...], forced: int | None) -> MoESwinUNet:
-        """The network reduced to the experts in use; unless forced, token and channel gates keep deciding inside it."""
+    def _select(self, weights: tuple[float, ...], forced: int | None) -> tuple[MoESwinUNet, list[int]]:
+        """The network reduced to the experts in use and to the classes that they know, which come with it.
+
+        Unless an expert is forced, token and channel gates keep deciding inside the network.
+        """
         if forced is None and self.network.router is None:
-            return self.network
-        return self.network.select_experts(weights)
+            return self.network, [0, *self.spec.label_keys]
+        classes = self.spec.classes_of([index for index, weight in enumerate(weights) if weight > 0])
+        return self.network.select_experts(weights).with_classes(classes), classes
 
     def _paint(
         self, network: MoESwinUNet, canonical: CanonicalVolume, labels: np.ndarray, phases: _Phases
@@ -273,11 +277,11 @@ class Predictor:
                 painter.add(scores)
         yield 1.0
 
-    def _clean(self, labels: np.ndarray, keep: list[int], voxel_ml: float) -> dict[int, int]:
-        if len(keep) < len(self.spec.structures):
-            kept = np.zeros(len(self.spec.structures) + 1, labels.dtype)
-            kept[keep] = keep
-            labels[...] = kept[labels]
+    def _clean(self, labels: np.ndarray, classes: list[int], keep: list[int], voxel_ml: float) -> dict[int, int]:
+        """Turns classes into label values, of those to keep, and removes islands."""
+        values = [label if label in keep else 0 for label in classes]
+        if values != list(range(len(values))):
+            labels[...] = np.array(values, labels.dtype)[labels]
         return remove_islands(labels, self.spec.label_keys, voxel_ml)
 
 

@@ -89,11 +89,18 @@ class IntensityRule:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One expert: a name to choose it by, and the modality ("CT" or "MR") whose intensity rule it needs."""
+    """One expert.
+
+    Attributes:
+        name: To choose it by.
+        modality: "CT" or "MR": whose intensity rule it needs.
+        structures: Keys that it learned to find; none for all of the model's.
+    """
 
     name: str
     modality: str
     description: str = ""
+    structures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,8 @@ class ModelSpec:
             raise ValueError(f"structures must be non-empty and distinct, not {self.structures}")
         if len(self.structures) > _MOST_STRUCTURES:
             raise ValueError(f"{len(self.structures)} structures are named; a model has at most {_MOST_STRUCTURES}")
+        for expert in self.experts:
+            self.labels_of(expert.structures)
         missing = sorted({expert.modality for expert in self.experts} - set(self.intensity))
         if missing:
             raise ValueError(f"no intensity rule for the modality {', '.join(missing)} of an expert")
@@ -172,6 +181,11 @@ class ModelSpec:
             )
         return [self.structures.index(key) + 1 for key in keys]
 
+    def classes_of(self, experts: Sequence[int]) -> list[int]:
+        """Label values that any of these experts, by position, learned to find, and 0 for the background."""
+        known = [set(self.labels_of(self.experts[index].structures or self.structures)) for index in experts]
+        return sorted({0}.union(*known))
+
     def to_json(self) -> str:
         """The spec as one line of JSON."""
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
@@ -191,7 +205,7 @@ class ModelSpec:
             raise ValueError(f"format {found} is newer than {FORMAT_VERSION}, the newest this m4oe reads; update M4oE")
         try:
             values["network"] = NetworkSpec(**_tupled(values["network"]))
-            values["experts"] = tuple(ExpertSpec(**expert) for expert in values["experts"])
+            values["experts"] = tuple(ExpertSpec(**_tupled(expert)) for expert in values["experts"])
             values["intensity"] = {key: IntensityRule(**rule) for key, rule in values["intensity"].items()}
             return cls(**_tupled(values))
         except (KeyError, TypeError, AttributeError) as error:

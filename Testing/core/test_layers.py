@@ -13,10 +13,10 @@ import pytest
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
     ("__init__", "labels", "spec"),
-    ("geometry", "nifti", "metaimage", "files", "nodes"),
+    ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes"),
     ("network", "resample", "package", "cleanup", "predictor"),
-    ("evaluation", "training"),
-    ("raster", "preview", "__main__"),
+    ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
+    ("raster", "preview", "data_commands", "__main__"),
 )
 HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")
 ALLOWED = {0: (), 1: ("numpy", "SimpleITK", "nrrd"), 2: tuple(set(HEAVY) - {"vtk", "slicer"})}

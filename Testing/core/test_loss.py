@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.training.loss import gate_loss, known_scores, segmentation_loss
+from m4oe.training.loss import gate_loss, known_log_probabilities, reconstruction_loss, segmentation_loss, wholes
 from torch import Tensor
 
 
@@ -16,6 +16,13 @@ def some(seed: int, classes: int = 4, images: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scores = 2 * torch.randn(images, 3, 5, classes, generator=generator)
     return scores, torch.randint(classes, (images, 3, 5), generator=generator)
+
+
+FLAT = torch.tensor([[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 0]])  # structures that are part of nothing
+
+
+def loss_of(scores: Tensor, labels: Tensor, annotated: Tensor, balance: float = 0.0) -> Tensor:
+    return segmentation_loss(scores, labels, annotated, FLAT[: scores.shape[-1]], balance)
 
 
 def everything(scores: Tensor) -> Tensor:
@@ -46,14 +53,14 @@ def weighted_entropy(scores: Tensor, labels: Tensor, balance: float) -> float:
 def test_the_loss_is_cross_entropy_plus_dice(seed: int, classes: int, balance: float) -> None:
     scores, labels = some(seed, classes)
     expected = weighted_entropy(scores, labels, balance) + dice_loss(scores.softmax(-1), labels)
-    found = float(segmentation_loss(scores, labels, everything(scores), balance))
+    found = float(loss_of(scores, labels, everything(scores), balance))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_structures_that_are_absent_add_nothing() -> None:
     scores, labels = some(0)
     labels.clamp_(max=1)
-    loss = segmentation_loss(scores, labels, everything(scores))
+    loss = loss_of(scores, labels, everything(scores))
     assert float(loss) == pytest.approx(
         weighted_entropy(scores, labels, 0.0) + dice_loss(scores.softmax(-1), labels), rel=1e-5
     )
@@ -61,36 +68,104 @@ def test_structures_that_are_absent_add_nothing() -> None:
 
 def test_background_alone_is_plain_cross_entropy() -> None:
     scores, labels = some(0)
-    loss = segmentation_loss(scores, labels * 0, everything(scores))
+    loss = loss_of(scores, labels * 0, everything(scores))
     assert float(loss) == pytest.approx(float(F.cross_entropy(scores.permute(0, 3, 1, 2), labels * 0)))
 
 
 def test_a_perfect_answer_costs_nothing() -> None:
     _, labels = some(0)
     scores = 50.0 * F.one_hot(labels, 4).float()
-    assert float(segmentation_loss(scores, labels, everything(scores))) == pytest.approx(0, abs=1e-5)
+    assert float(loss_of(scores, labels, everything(scores))) == pytest.approx(0, abs=1e-5)
 
 
 def test_annotated_scores_are_left_as_they_are() -> None:
     scores, _ = some(0)
-    assert torch.equal(known_scores(scores, everything(scores)), scores)
+    found = known_log_probabilities(scores, everything(scores), FLAT[:4])
+    assert torch.equal(found, scores.log_softmax(-1))
 
 
 def test_background_takes_the_probability_of_what_was_not_drawn() -> None:
     scores, _ = some(3)
     annotated = torch.tensor([[True, True, False, False], [False, True, True, True]])
-    found, whole = known_scores(scores, annotated).softmax(-1), scores.softmax(-1)
+    found, whole = known_log_probabilities(scores, annotated, FLAT[:4]).exp(), scores.softmax(-1)
     torch.testing.assert_close(found[0, ..., 0], whole[0, ..., [0, 2, 3]].sum(-1))
     torch.testing.assert_close(found[0, ..., 1], whole[0, ..., 1])
-    assert not found[0, ..., 2:].any()
+    assert found[0, ..., 2:].max() < 1e-30
     torch.testing.assert_close(found[1], whole[1])  # the background is always known
+
+
+def test_parts_lead_to_their_wholes() -> None:
+    chains = wholes(["liver", "liver_tumor", "spleen"])
+    assert chains[:, :3].tolist() == [[0, 0, 0], [1, 0, 0], [2, 1, 0], [3, 0, 0]]
+
+
+def test_a_tumour_that_was_not_drawn_counts_as_its_organ_where_that_was() -> None:
+    scores, _ = some(3)
+    annotated = torch.tensor([[True, True, False, True], [False, False, False, True]])
+    found = known_log_probabilities(scores, annotated, wholes(["liver", "liver_tumor", "spleen"])).exp()
+    whole = scores.softmax(-1)
+    torch.testing.assert_close(found[0, ..., 1], whole[0, ..., 1] + whole[0, ..., 2])
+    torch.testing.assert_close(found[1, ..., 0], whole[1, ..., :3].sum(-1))
+    torch.testing.assert_close(found[..., 3], whole[..., 3])
+
+
+@pytest.mark.parametrize(
+    ("annotated", "counts_as"),
+    [
+        (("liver", "spleen"), [0, 1, 1, 0, 0, 0, 0, 7]),
+        (("kidney",), [0, 0, 0, 3, 3, 3, 3, 0]),
+        (("kidney_left", "kidney_right"), [0, 0, 0, 0, 4, 5, 4, 0]),
+        (("liver", "liver_tumor"), [0, 1, 2, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_what_was_not_looked_for_counts_as_its_whole_or_as_background(
+    annotated: tuple[str, ...], counts_as: list[int]
+) -> None:
+    keys = ("liver", "liver_tumor", "kidney", "kidney_left", "kidney_right", "kidney_cyst_left", "spleen")
+    known = torch.tensor([[False, *(key in annotated for key in keys)]])
+    for one, expected in enumerate(counts_as):
+        scores = torch.full((1, 1, 1, 8), -50.0)
+        scores[..., one] = 50.0
+        found = known_log_probabilities(scores, known, wholes(keys))
+        assert int(found.argmax()) == expected
+
+
+def test_parts_of_a_batch_add_up_to_the_whole() -> None:
+    """As several processes do: each has half of the images and the sums of all."""
+    scores, labels = some(4, images=4)
+    known = everything(scores)
+    scores.requires_grad_()
+    whole = loss_of(scores, labels, known, 0.5)
+    whole.backward()
+    expected, scores.grad = scores.grad, None
+    sums: list[Tensor] = []
+    for half in (slice(0, 2), slice(2, 4)):
+        segmentation_loss(scores[half], labels[half], known[half], FLAT[:4], 0.5, lambda t: sums.append(t) or t)
+    for half, other in ((slice(0, 2), 1), (slice(2, 4), 0)):
+        beside = sums[other].detach()
+        loss = segmentation_loss(
+            scores[half], labels[half], known[half], FLAT[:4], 0.5, lambda t, beside=beside: t + beside
+        )
+        torch.testing.assert_close(loss, whole)
+        loss.backward()
+    torch.testing.assert_close(scores.grad, expected)
+
+
+def test_only_hidden_pixels_are_reconstructed() -> None:
+    images = torch.rand(2, 3, 4, 5)
+    hidden = torch.zeros(2, 4, 5, dtype=torch.bool)
+    hidden[0, 1, 2] = True
+    predicted = images.permute(0, 2, 3, 1).clone()
+    predicted[1] += 9
+    predicted[0, 1, 2] += torch.tensor([0.1, -0.2, 0.3])
+    assert float(reconstruction_loss(predicted, images, hidden)) == pytest.approx(0.2)
 
 
 def test_an_organ_that_was_not_drawn_is_not_unlearned() -> None:
     """A voxel labelled background may be class 2 as well as background: the gradient moves both alike."""
     scores = torch.tensor([[[[0.5, 0.0, 3.0]]]], requires_grad=True)
     labels = torch.zeros(1, 1, 1, dtype=torch.int64)
-    segmentation_loss(scores, labels, torch.tensor([[True, True, False]])).backward()
+    loss_of(scores, labels, torch.tensor([[True, True, False]])).backward()
     assert scores.grad is not None
     background, drawn, undrawn = scores.grad.flatten().tolist()
     assert undrawn < 0 and background < 0 and drawn > 0
@@ -99,7 +174,7 @@ def test_an_organ_that_was_not_drawn_is_not_unlearned() -> None:
 
 def test_an_organ_that_was_drawn_is_learned() -> None:
     scores = torch.tensor([[[[0.5, 0.0, 3.0]]]], requires_grad=True)
-    segmentation_loss(scores, torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool)).backward()
+    loss_of(scores, torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool)).backward()
     assert scores.grad is not None and scores.grad[..., 2] > 0
 
 
@@ -108,16 +183,16 @@ def test_gradients_are_finite_when_classes_are_unknown() -> None:
     annotated = torch.tensor([[True, True, False, False], [True, True, True, True]])
     labels[0].clamp_(max=1)
     scores.requires_grad_()
-    segmentation_loss(scores, labels, annotated).backward()
+    loss_of(scores, labels, annotated).backward()
     assert scores.grad is not None and scores.grad.isfinite().all() and scores.grad.abs().sum() > 0
 
 
 def test_bfloat16_scores_are_summed_in_float32() -> None:
     scores, labels = some(1)
     low = scores.bfloat16()
-    loss = segmentation_loss(low, labels, everything(low))
+    loss = loss_of(low, labels, everything(low))
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, segmentation_loss(low.float(), labels, everything(low)))
+    assert torch.equal(loss, loss_of(low.float(), labels, everything(low)))
 
 
 def test_the_gate_learns_the_expert_of_each_image() -> None:

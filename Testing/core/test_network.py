@@ -30,7 +30,7 @@ from m4oe.network.swin import (
     window_partition,
     window_reverse,
 )
-from m4oe.network.unet import MoESwinUNet, upcycle
+from m4oe.network.unet import MoESwinUNet, append_expert, upcycle
 from m4oe.spec import NetworkSpec
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -181,6 +181,32 @@ def test_drop_path_drops_whole_images_in_training_only_and_keeps_the_mean() -> N
     assert torch.equal(kept.amin((1, 2)), kept.amax((1, 2)))
     assert kept.mean().item() == pytest.approx(1, abs=0.05)
     assert layer.eval()(x) is x
+
+
+# --- one expert more
+
+
+def test_one_expert_more_leaves_the_others_as_they_were_bit_for_bit() -> None:
+    network, images = a_network(IMAGE), an_image(2)
+    extended = append_expert(network, like=1, classes=6).eval().requires_grad_(False)
+    for index in range(IMAGE.experts):
+        weights = tuple(float(other == index) for other in range(IMAGE.experts))
+        before = network.select_experts(weights)(images)
+        after = extended.select_experts((*weights, 0.0)).with_classes(list(range(network.classes)))(images)
+        assert torch.equal(before, after)
+    new = extended.select_experts((0.0,) * IMAGE.experts + (1.0,))(images)
+    assert_close(new[..., : network.classes], network.select_experts((0.0, 1.0, 0.0)[: IMAGE.experts])(images))
+    assert not new[..., network.classes :].any()
+
+
+def test_classes_can_be_left_out() -> None:
+    network, images = a_network(IMAGE), an_image(2)
+    assert_close(network.with_classes([0, 2])(images), network(images)[..., [0, 2]])
+
+
+def test_a_dense_network_takes_no_further_expert() -> None:
+    with pytest.raises(ValueError, match="mixture with an image gate"):
+        append_expert(a_network(SMALL), 0, 4)
 
 
 # --- the encoder against timm

@@ -371,6 +371,18 @@ def test_only_the_wanted_structures_are_kept(predictor: Predictor) -> None:
     assert np.array_equal(labels.array, np.where(np.isin(everything.array, (2, 4)), everything.array, 0))
 
 
+def test_an_expert_finds_what_it_learned_and_nothing_else(tmp_path: Path) -> None:
+    """As if the model had no other structures: they neither appear nor take voxels."""
+    knows = ("spleen", "liver_tumor")
+    experts = (*SPEC.experts[:2], replace(SPEC.experts[2], structures=knows))
+    predictor = a_predictor(tmp_path, replace(SPEC, experts=experts))
+    labels, report = predictor(an_mr(), expert="mr_t2")
+    predictor.spec = SPEC
+    assert set(report.volumes_ml) <= set(knows) and report.volumes_ml
+    assert set(np.unique(labels.array)) <= {0, 2, 4}
+    assert not np.array_equal(labels.array, segmented(predictor, an_mr(), expert="mr_t2", structures=list(knows)))
+
+
 def test_progress_rises_to_one(predictor: Predictor) -> None:
     seen: list[tuple[str, float]] = []
     predictor(a_volume(smooth(40, 12, 12)), progress=lambda *step: seen.append(step))

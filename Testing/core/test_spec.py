@@ -248,3 +248,11 @@ def test_a_folder_that_happens_to_have_a_models_name_does_not_hide_the_model(
     path = a_model_file(tmp_path / "abdomen.safetensors")
     assert find_model("abdomen") == path
     assert find_model(path) == path
+
+
+def test_an_expert_knows_all_structures_unless_it_names_some() -> None:
+    spec = replace(A_SPEC, experts=(A_SPEC.experts[0], replace(A_SPEC.experts[1], structures=("spleen",))))
+    assert [spec.classes_of([0]), spec.classes_of([1]), spec.classes_of([0, 1])] == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(ValueError, match="structure pancreas is unknown"):
+        replace(A_SPEC, experts=(A_SPEC.experts[0], replace(A_SPEC.experts[1], structures=("pancreas",))))

@@ -127,6 +127,16 @@ class MoESwinUNet(nn.Module):
         selected.fixed_weights = tuple(weights[index] / total for index in chosen) if len(chosen) > 1 else None
         return selected
 
+    def with_classes(self, classes: list[int]) -> MoESwinUNet:
+        """The network that scores these classes alone; all other tensors are shared."""
+        if classes == list(range(self.classes)):
+            return self
+        reduced = _shallow_copy(self)
+        reduced.classes = len(classes)
+        reduced.head = nn.Linear(self.head.in_features, len(classes), bias=False, device="meta")
+        reduced.head.weight = nn.Parameter(self.head.weight[classes], requires_grad=False)
+        return reduced
+
     def cast(self, dtype: torch.dtype) -> None:
         """Computes in `dtype` from now on, but for the gates: they decide in float32."""
         self.to(dtype)
@@ -190,6 +200,29 @@ def upcycle(dense: MoESwinUNet, spec: NetworkSpec) -> MoESwinUNet:
         for expert in block.ffn.experts:
             expert.load_state_dict(source.ffn.experts[0].state_dict())
     return network
+
+
+def append_expert(network: MoESwinUNet, like: int, classes: int) -> MoESwinUNet:
+    """A mixture with one expert more and `classes` classes in all; what it had computes the same, bit for bit.
+
+    The new expert and its row of the gate start as copies of those of expert `like`, new classes at zero.
+
+    Raises:
+        ValueError: The network has no image gate, or would lose classes.
+    """
+    if network.router is None or classes < network.classes:
+        raise ValueError("an expert can be added to a mixture with an image gate, and classes only added")
+    experts = network.spec.experts
+    extended = MoESwinUNet(replace(network.spec, experts=experts + 1), classes)
+    old, new = network.state_dict(), extended.state_dict()
+    for key, value in new.items():
+        source = old[key.replace(f".experts.{experts}.", f".experts.{like}.")]
+        if key.startswith("router.score."):
+            source = torch.cat([source, source[like : like + 1]])
+        if key.startswith("head."):
+            source = torch.cat([source, source.new_zeros(classes - network.classes, source.shape[1])])
+        value.copy_(source)
+    return extended
 
 
 def _stage(spec: NetworkSpec, stage: int, drops: list[float], shared: bool = False) -> Stage:

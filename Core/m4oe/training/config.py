@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..spec import NetworkSpec
 
-STAGES = ("dense", "experts", "gate", "joint")
+STAGES = ("pretrain", "dense", "experts", "gate", "joint")
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Stage:
     """One part of a run.
 
     Attributes:
-        name: "dense" trains one network for all modalities, of which every expert starts as a copy; "experts"
-            routes every image to its modality's expert; "gate" trains the gate alone to tell modalities apart;
-            "joint" trains all together, so that the shared first stage serves the gate as well; a last "gate" fits
-            the gate to what that has left.
+        name: "pretrain" fills in hidden parts of images, which needs no labels; "dense" trains one network for all
+            modalities, of which every expert starts as a copy; "experts" routes every image to its modality's expert;
+            "gate" trains the gate alone to tell modalities apart; "joint" trains all together, so that the shared
+            first stage serves the gate as well; a last "gate" fits the gate to what that has left.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.
         balance: How much more rare classes weigh in the cross-entropy, see `segmentation_loss`: 0.5 to learn fast,
@@ -34,20 +34,23 @@ class Stage:
         """Refuses an unknown stage."""
         if self.name not in STAGES:
             raise ValueError(f"stage {self.name!r} is unknown; expected one of {', '.join(STAGES)}")
+        if self.steps < 1 or self.learning_rate <= 0:
+            raise ValueError(f"expected steps and a learning rate above 0, got {self}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run on phantoms.
+    """A run, whatever its data.
 
     Attributes:
         name: Name of the model.
         pixel_mm: In-plane spacing of the canonical grid.
         slice_mm: Its slice spacing; thicker slices stay as they are.
         crop: Rows and columns of a training image.
-        phantoms: Training phantoms per modality.
-        unseen: Phantoms per modality that only the final score sees.
-        images: Training images per modality and step.
+        images: Training images per modality and step, of all processes together.
+        validate_every: Steps between validations on whole volumes; 0 validates never.
+        patience: Validations without a better score after which a stage ends; 0 for never.
+        checkpoint_every: Steps between checkpoints.
     """
 
     name: str = "m4oe-demo"
@@ -57,8 +60,6 @@ class TrainConfig:
     pixel_mm: float = 2.5
     slice_mm: float = 3.0
     crop: int = 160
-    phantoms: int = 60
-    unseen: int = 5
     images: int = 4
     stages: tuple[Stage, ...] = (
         Stage("dense", 2400, 1.5e-3),
@@ -69,6 +70,16 @@ class TrainConfig:
     )
     weight_decay: float = 0.02
     seed: int = 0
+    validate_every: int = 0
+    patience: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuses an order of stages that would throw away what was learned."""
+        names = [stage.name for stage in self.stages]
+        order = [min(STAGES.index(name), 2) for name in names]
+        if not names or order != sorted(order):
+            raise ValueError(f"stages {names} are out of order; pretrain comes first, dense before the experts")
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""
@@ -82,13 +93,32 @@ QUICK = TrainConfig(
     pixel_mm=5.0,
     slice_mm=5.0,
     crop=80,
-    phantoms=8,
-    unseen=2,
     stages=(
         Stage("dense", 320, 2e-3),
         Stage("experts", 140, 1e-3),
         Stage("gate", 100, 2e-2),
         Stage("joint", 120, 1e-3, balance=0.0),
-        Stage("gate", 200, 2e-2),
+        Stage("gate", 500, 2e-2),
     ),
+)
+# For data sets; the number of experts is that of the data.
+SMALL = replace(DEMO, name="m4oe", images=4, validate_every=400, checkpoint_every=100)
+FULL = TrainConfig(
+    name="m4oe",
+    network=NetworkSpec(experts=1, top_k=1, drop_path=0.2),
+    pixel_mm=1.5,
+    slice_mm=3.0,
+    crop=224,
+    images=12,
+    stages=(
+        Stage("dense", 40_000, 5e-4),
+        Stage("experts", 20_000, 3e-4),
+        Stage("gate", 1000, 1e-2),
+        Stage("joint", 10_000, 1e-4, balance=0.0),
+        Stage("gate", 1000, 1e-2),
+    ),
+    weight_decay=0.05,
+    validate_every=2000,
+    patience=8,
+    checkpoint_every=500,
 )

@@ -1,176 +1,370 @@
-"""The training loop: one dense network, its copies as experts by modality, then the gate, then all together."""
+"""The training loop: stage by stage, with checkpoints from which a run that was stopped goes on to the last bit.
+
+A run's folder holds config.json, events.jsonl (one JSON object per line), checkpoint.safetensors, best.safetensors
+(the model that scored best in its stage, where there is validation) and at the end model.safetensors.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from datetime import date
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..evaluation import dice_scores
 from ..network.unet import MoESwinUNet, upcycle
 from ..package import save_model
-from ..predictor import Predictor, bfloat16_is_faster
-from ..spec import ExpertSpec, IntensityRule, ModelSpec
+from ..predictor import Predictor, bfloat16_is_faster, find_device
+from ..spec import ModelSpec
+from .augment import AUGMENT, AUGMENT_GATE, Augmenter
+from .cache import CaseSource
+from .checkpoint import (
+    Progress,
+    load_checkpoint,
+    optimiser_tensors,
+    part_of,
+    restore_optimiser,
+    save_checkpoint,
+)
 from .config import Stage, TrainConfig
-from .data import Batch, Case, batches, make_case
-from .loss import gate_loss, segmentation_loss
-from .phantom import MODALITIES, STRUCTURES, make_phantom
+from .data import Batch, Case, Sampler, prefetched
+from .loss import gate_loss, reconstruction_loss, segmentation_loss, wholes
+from .ranks import Ranks
 
 Event = dict[str, Any]
 _WARM_UP = 0.05
 _CLIP = 1.0
 _LOG_EVERY = 20
-_UNSEEN_SEEDS = 1_000_000
+_AVERAGED = 0.02  # of a stage's steps: the span of the moving average of the weights
+_HIDDEN, _HIDDEN_PIXELS = 0.6, 16  # share of an image that pretraining hides, in squares of this side
+_HEAD = "head."  # whose weights depend on the classes
+_UNSEEN = -1.0  # what a hidden pixel shows; no intensity is below 0
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
-def train_on_phantoms(config: TrainConfig, folder: Path, on_event: Callable[[Event], None]) -> Path:
-    """Trains a model on phantoms and scores it on unseen ones.
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from.
+
+    Attributes:
+        spec: Of the model, before it has scores.
+        cases: Training cases; those without labels serve pretraining alone.
+        validation: Whole volumes that choose the best weights and the end of a stage.
+    """
+
+    spec: ModelSpec
+    cases: Sequence[Case]
+    validation: Sequence[CaseSource] = ()
+
+
+@dataclass
+class _Run:
+    """A run between two steps."""
+
+    config: TrainConfig
+    data: TrainingData
+    folder: Path
+    emit: Callable[[Event], None]
+    ranks: Ranks
+    device: torch.device
+    network: MoESwinUNet
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] = field(default_factory=dict)  # weights of the stage's best validation
+    loaded: dict[str, Tensor] = field(default_factory=dict)  # a checkpoint amid a stage, until that begins
+
+
+def train(
+    config: TrainConfig,
+    data: TrainingData,
+    folder: Path,
+    on_event: Callable[[Event], None] = lambda event: None,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    device: str = "auto",
+    start: MoESwinUNet | None = None,
+) -> Path:
+    """Trains a model, or goes on where `folder`'s run of the same configuration stopped.
 
     Args:
         config: The run.
-        folder: Receives config.json, events.jsonl and model.safetensors; must not hold another run.
+        data: What it learns from.
+        folder: Receives the run's files.
         on_event: Called with every event, the same that go to events.jsonl.
+        ranks: This process among those that share the batches.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        start: Dense network whose weights training starts from.
 
     Returns:
         The model file.
 
     Raises:
-        ValueError: `folder` already holds a run.
+        ValueError: `folder` holds a run of another configuration, or the data do not fit the configuration.
+        RuntimeError: The loss is not finite, or the memory does not hold a single image.
+        OSError: A file cannot be written; the last checkpoint is as it was.
     """
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder} already holds a training run; choose another folder")
+    with _events(config, folder, on_event, ranks) as emit:
+        run = _opened(config, data, folder, emit, ranks, find_device(device), start)
+        model = folder / "model.safetensors"
+        finished = run.progress.stage == len(config.stages) and model.exists()
+        for number in range(run.progress.stage, len(config.stages)):
+            _run_stage(run, number)
+        if ranks.rank == 0 and not finished:
+            save_model(model, _as_mixture(run.network, config), data.spec)
+        ranks.wait()
+    return model
+
+
+@contextmanager
+def _events(
+    config: TrainConfig, folder: Path, on_event: Callable[[Event], None], ranks: Ranks
+) -> Iterator[Callable[[Event], None]]:
+    """Yields what tells of an event; the first process alone does."""
+    if ranks.rank > 0:
+        yield lambda event: None
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
-    model = folder / "model.safetensors"
-    with (folder / "events.jsonl").open("w", buffering=1, encoding="utf-8") as log:
+    saved = folder / "config.json"
+    if saved.exists() and saved.read_text(encoding="utf-8") != config.to_json():
+        raise ValueError(f"{folder} holds a run of another configuration; choose another folder or repeat its options")
+    saved.write_text(config.to_json(), encoding="utf-8")
+    with (folder / "events.jsonl").open("a", buffering=1, encoding="utf-8") as log:
 
         def emit(event: Event) -> None:
             log.write(json.dumps(event) + "\n")
             on_event(event)
 
-        spec = phantom_spec(config)
-        torch.manual_seed(config.seed)
-        cases = list(_phantom_cases(config, spec, emit))
-        network = MoESwinUNet(replace(config.network, experts=1, top_k=0), len(spec.structures) + 1)
-        rng = np.random.default_rng(config.seed)
-        stream = batches(cases, config.images, config.crop, config.network.channels, rng)
-        for stage in config.stages:
-            if stage.name != "dense" and network.spec.experts == 1:
-                network = upcycle(network, config.network)
-            _run_stage(network, stage, stream, config, emit)
-        if network.spec.experts == 1:
-            network = upcycle(network, config.network)
-        save_model(model, network, spec)
-        spec = replace(spec, scores=score_on_phantoms(model, config, emit))
-        save_model(model, network, spec)
-    return model
+        yield emit
 
 
-def phantom_spec(config: TrainConfig) -> ModelSpec:
-    """The spec of a model trained on phantoms, before it has scores."""
-    return ModelSpec(
-        name=config.name,
-        version="0.1.0",
-        network=replace(config.network, drop_path=0.0),
-        structures=STRUCTURES,
-        experts=tuple(
-            ExpertSpec(name, "CT" if name == "ct" else "MR", description)
-            for name, description in zip(MODALITIES, ("CT", "T1 MR", "T2 MR", "contrast-enhanced T1 MR"), strict=True)
-        ),
-        intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 0.5, 99.5)},
-        pixel_mm=config.pixel_mm,
-        slice_mm=config.slice_mm,
-        description="Demonstration model: 15 abdominal organs and liver tumours on CT and MR.",
-        limits=(
-            "A demonstration, trained on computer-made phantoms alone and on no patient. "
-            "On real volumes expect gross errors. Not for research results, not a medical device."
-        ),
-        licence="Apache-2.0",
-        training={
-            "data": f"{config.phantoms} computer-made phantoms per modality, no patient data",
-            "date": date.today().isoformat(),
-            "stages": [[stage.name, stage.steps, stage.learning_rate] for stage in config.stages],
-            "seed": config.seed,
-        },
-    )
-
-
-def score_on_phantoms(model: Path, config: TrainConfig, emit: Callable[[Event], None]) -> dict[str, dict[str, float]]:
-    """Mean Dice per expert and structure on phantoms that training never saw, routed as any volume is."""
-    predictor = Predictor(model, device="cpu")
-    scores: dict[str, dict[str, float]] = {}
-    for modality in MODALITIES:
-        found: dict[str, list[float]] = {}
-        for number in range(config.unseen):
-            phantom = make_phantom(_UNSEEN_SEEDS + number, modality)
-            labels, report = predictor(phantom.image)
-            dice = dice_scores(labels.array, phantom.labels.array, len(STRUCTURES))
-            for label, value in dice.items():
-                found.setdefault(STRUCTURES[label - 1], []).append(value)
-            emit({"event": "scored", "modality": modality, "phantom": number, "experts": report.expert_weights})
-        scores[modality] = {key: round(float(np.mean(values)), 3) for key, values in found.items()}
-    emit({"event": "scores", "dice": scores})
-    return scores
-
-
-def _run_stage(
-    network: MoESwinUNet,
-    stage: Stage,
-    stream: Iterator[Batch],
+def _opened(
     config: TrainConfig,
+    data: TrainingData,
+    folder: Path,
     emit: Callable[[Event], None],
-) -> None:
-    parameters = _trained_parameters(network, stage)
+    ranks: Ranks,
+    device: torch.device,
+    start: MoESwinUNet | None,
+) -> _Run:
+    torch.manual_seed(config.seed)
+    classes = len(data.spec.structures) + 1
+    network = start or MoESwinUNet(replace(config.network, experts=1, top_k=0), classes)
+    run = _Run(config, data, folder, emit, ranks, device, network.to(device))
+    path = folder / "checkpoint.safetensors"
+    if path.exists():
+        run.progress, run.loaded = load_checkpoint(path)
+        run.best = part_of(run.loaded, "best.")
+        if run.progress.experts > 1:
+            run.network = MoESwinUNet(config.network, classes).to(device)
+        if run.progress.step == 0:
+            run.network.load_state_dict(part_of(run.loaded, "learner."))
+        emit({"event": "resumed", "stage": run.progress.stage, "step": run.progress.step})
+    return run
+
+
+def _as_mixture(network: MoESwinUNet, config: TrainConfig) -> MoESwinUNet:
+    """The network with its experts, which are copies of the dense layers as long as there was no training of them."""
+    return upcycle(network.cpu(), config.network) if network.spec.experts < config.network.experts else network
+
+
+def _run_stage(run: _Run, number: int) -> None:
+    stage, config, progress = run.config.stages[number], run.config, run.progress
+    if stage.name not in ("pretrain", "dense"):
+        torch.manual_seed(config.seed)
+        run.network = _as_mixture(run.network, config).to(run.device)
+    progress.experts = run.network.spec.experts
+    learner = _learner(run, stage)
+    parameters = _trained_parameters(learner, stage)
     optimiser = torch.optim.AdamW(
         parameters, stage.learning_rate, (0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, stage.steps))
-    network.train()
-    bfloat16 = bfloat16_is_faster(torch.device("cpu"))
-    start, recent = time.perf_counter(), []
-    for step in range(1, stage.steps + 1):
-        batch = next(stream)
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            losses = _losses(network, stage, batch)
-        torch.stack(list(losses.values())).sum().backward()
+    average = AveragedModel(
+        learner, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1.0, _AVERAGED * stage.steps)), use_buffers=False
+    )
+    if progress.step > 0:
+        restore_optimiser(optimiser, run.loaded)
+        learner.load_state_dict(part_of(run.loaded, "learner."))
+        average.load_state_dict(part_of(run.loaded, "average."))
+    run.loaded = {}
+    _steps(run, number, learner, average, optimiser, parameters)
+    _finish_stage(run, learner, average)
+
+
+def _steps(
+    run: _Run,
+    number: int,
+    learner: MoESwinUNet,
+    average: AveragedModel,
+    optimiser: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+) -> None:
+    """Takes the steps of a stage that are left, until validation has nothing more to gain."""
+    stage, config, progress = run.config.stages[number], run.config, run.progress
+    before = sum(stage.steps for stage in config.stages[:number])
+    sampler, augment, loss_of = _sampler(run, stage), _augmenter(run, stage), _loss_maker(run, stage)
+    bfloat16 = bfloat16_is_faster(run.device)
+    start, recent = time.perf_counter(), _Recent(stage)
+    learner.train()
+    for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
+        batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
+        torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
+        for group in optimiser.param_groups:
+            group["lr"] = stage.learning_rate * _rate(progress.step, stage.steps)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16):
+            losses = _gradients(run, lambda part: loss_of(learner, part), batch, optimiser)
+        run.ranks.share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
-        schedule.step()
-        recent.append({key: value.detach() for key, value in losses.items()})
-        if step % _LOG_EVERY == 0 or step == stage.steps:
-            emit(_step_event(stage, step, recent, time.perf_counter() - start))
-            recent.clear()
-    network.eval()
+        average.update_parameters(learner)
+        progress.step += 1
+        recent.add(losses, batch.names)
+        last = progress.step == stage.steps
+        if progress.step % _LOG_EVERY == 0 or progress.step % config.checkpoint_every == 0 or last:
+            run.emit(recent.event(progress.step, time.perf_counter() - start))
+        if config.validate_every and (progress.step % config.validate_every == 0 or last):
+            _validate(run, stage, average.module)
+            learner.train()
+        if progress.step % config.checkpoint_every == 0 and not last:
+            averages = {f"average.{key}": value for key, value in average.state_dict().items()}
+            _save(run, learner, averages | optimiser_tensors(optimiser))
+        if config.patience and progress.worse >= config.patience:
+            run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
+            break
 
 
-def _losses(network: MoESwinUNet, stage: Stage, batch: Batch) -> dict[str, Tensor]:
-    if stage.name == "gate":
-        return {"gate": gate_loss(network.gate_logits(batch.images_BSHW), batch.experts_B)}
+def _gradients(
+    run: _Run, loss_of: Callable[[Batch], dict[str, Tensor]], batch: Batch, optimiser: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The losses of a batch, and their gradients; where memory is short the batch is cut into parts."""
+    while True:
+        optimiser.zero_grad(set_to_none=True)
+        parts = run.progress.parts
+        sums: dict[str, Tensor] = {}
+        try:
+            for first in range(parts):
+                losses = loss_of(batch.every(first, parts))
+                (torch.stack(list(losses.values())).sum() / parts).backward()
+                sums = {
+                    key: sums.get(key, torch.zeros_like(loss)) + loss.detach() / parts for key, loss in losses.items()
+                }
+            return sums
+        except RuntimeError as error:
+            short = isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _NO_MEMORY)
+            if not short or run.ranks.world > 1:
+                raise
+            if 2 * parts > run.config.images:
+                raise RuntimeError("the memory does not hold one image per modality; take a smaller crop") from error
+        run.progress.parts = 2 * parts
+        run.emit({"event": "memory", "parts": 2 * parts})
 
-    def segmentation(scores_BHWK: Tensor) -> Tensor:
-        return segmentation_loss(scores_BHWK, batch.labels_BHW, batch.annotated_BK, stage.balance)
 
-    if stage.name == "dense":
-        return {"segmentation": segmentation(network(batch.images_BSHW))}
-    # Hard routing, as prediction keeps one expert: soft weights would let the experts lean on each other.
-    weights_BE = torch.nn.functional.one_hot(batch.experts_B, network.spec.experts).float()
-    losses = {"segmentation": segmentation(network(batch.images_BSHW, weights_BE))}
-    if stage.name == "joint":
-        losses["gate"] = gate_loss(network.gate_logits(batch.images_BSHW), batch.experts_B)
-    return losses
+class _Recent:
+    """Losses since the last event, on the device: asking for them at each step would wait for it."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.losses: list[dict[str, Tensor]] = []
+        self.names: list[tuple[str, ...]] = []
+
+    def add(self, losses: dict[str, Tensor], names: tuple[str, ...]) -> None:
+        self.losses.append(losses)
+        self.names.append(names)
+
+    def event(self, step: int, seconds: float) -> Event:
+        """The means, after which it starts anew.
+
+        Raises:
+            RuntimeError: A loss is not finite.
+        """
+        table = {key: torch.stack([losses[key] for losses in self.losses]).tolist() for key in self.losses[0]}
+        for index, names in enumerate(self.names):
+            if not all(math.isfinite(values[index]) for values in table.values()):
+                raise RuntimeError(
+                    f"the loss is not finite at step {step - len(self.names) + index + 1} of stage {self.stage.name}; "
+                    f"look at the cases {', '.join(dict.fromkeys(names))}, or lower the learning rate"
+                )
+        self.losses.clear()
+        self.names.clear()
+        return {
+            "event": "step",
+            "stage": self.stage.name,
+            "step": step,
+            "steps": self.stage.steps,
+            "loss": {key: round(float(np.mean(values)), 5) for key, values in table.items()},
+            "seconds": round(seconds, 1),
+        }
+
+
+def _sampler(run: _Run, stage: Stage) -> Sampler:
+    config = run.config
+    cases = [case for case in run.data.cases if stage.name in ("pretrain", "gate") or case.labels_ZHW is not None]
+    return Sampler(
+        cases,
+        config.images,
+        config.crop,
+        config.network.channels,
+        config.seed,
+        max(chances.margin(config.crop) for chances in AUGMENT.values()),
+        run.ranks.rank,
+        run.ranks.world,
+        pinned=run.device.type == "cuda",
+    )
+
+
+def _augmenter(run: _Run, stage: Stage) -> Augmenter:
+    varied = AUGMENT_GATE if stage.name == "gate" else AUGMENT
+    return Augmenter(run.data.spec, run.config.crop, varied, run.device)
+
+
+def _loss_maker(run: _Run, stage: Stage) -> Callable[[MoESwinUNet, Batch], dict[str, Tensor]]:
+    experts, add_up = run.config.network.experts, run.ranks.add_up
+    wholes_KD = wholes(run.data.spec.structures).to(run.device)
+
+    def reconstruct(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
+        hidden_BHW = _hidden(batch.images_BSHW)
+        seen_BSHW = batch.images_BSHW.masked_fill(hidden_BHW[:, None], _UNSEEN)
+        return {"reconstruction": reconstruction_loss(network(seen_BSHW), batch.images_BSHW, hidden_BHW, add_up)}
+
+    def gate(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
+        return {"gate": gate_loss(network.gate_logits(batch.images_BSHW), batch.experts_B, add_up)}
+
+    def segment(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
+        # Hard routing, as prediction keeps one expert: soft weights would let the experts lean on each other.
+        weights_BE = torch.nn.functional.one_hot(batch.experts_B, experts).float()
+        scores_BHWK = network(batch.images_BSHW, weights_BE)
+        loss = segmentation_loss(scores_BHWK, batch.labels_BHW, batch.annotated_BK, wholes_KD, stage.balance, add_up)
+        return {"segmentation": loss}
+
+    def both(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
+        return segment(network, batch) | (gate(network, batch) if network.router else {})
+
+    return {"pretrain": reconstruct, "dense": segment, "experts": segment, "gate": gate, "joint": both}[stage.name]
+
+
+def _hidden(images_BSHW: Tensor) -> Tensor:
+    """Squares of each image that are hidden: [B, H, W]."""
+    batch, _, height, width = images_BSHW.shape
+    squares = [-(-size // _HIDDEN_PIXELS) for size in (height, width)]
+    hidden = torch.rand(batch, *squares, device=images_BSHW.device) < _HIDDEN
+    return hidden.repeat_interleave(_HIDDEN_PIXELS, 1).repeat_interleave(_HIDDEN_PIXELS, 2)[:, :height, :width]
+
+
+def _learner(run: _Run, stage: Stage) -> MoESwinUNet:
+    """What the stage trains: the network, or for pretraining one like it that gives back the image's channels."""
+    if stage.name != "pretrain":
+        return run.network
+    torch.manual_seed(run.config.seed)
+    learner = MoESwinUNet(run.network.spec, run.config.network.channels).to(run.device)
+    body = {key: value for key, value in run.network.state_dict().items() if not key.startswith(_HEAD)}
+    learner.load_state_dict(body, strict=False)
+    return learner
 
 
 def _trained_parameters(network: MoESwinUNet, stage: Stage) -> list[torch.nn.Parameter]:
@@ -190,36 +384,73 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def _step_event(stage: Stage, step: int, recent: list[dict[str, Tensor]], seconds: float) -> Event:
-    means = {key: float(torch.stack([losses[key] for losses in recent]).mean()) for key in recent[0]}
-    if not all(math.isfinite(value) for value in means.values()):
-        raise RuntimeError(f"the loss is not finite at step {step} of stage {stage.name}: {means}; lower the rate")
-    return {
-        "event": "step",
-        "stage": stage.name,
-        "step": step,
-        "steps": stage.steps,
-        "loss": {key: round(value, 4) for key, value in means.items()},
-        "seconds": round(seconds, 1),
+def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
+    """Scores the averaged weights on whole volumes, in their own geometry, and keeps the best of the stage."""
+    if stage.name == "pretrain" or not run.data.validation:
+        return
+    candidate, best = run.folder / "candidate.safetensors", run.folder / "best.safetensors"
+    if run.ranks.rank == 0:
+        copy = MoESwinUNet(run.network.spec, run.network.classes)
+        copy.load_state_dict(network.state_dict())
+        save_model(candidate, _as_mixture(copy, run.config), run.data.spec, torch.float32)
+    run.ranks.wait()
+    gated = any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
+    mine = run.data.validation[run.ranks.rank :: run.ranks.world]
+    scores = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
+    means = {
+        key: float(np.mean([dice[key] for _, dice in scores if key in dice])) for _, dice in scores for key in dice
     }
+    score = float(np.mean(list(means.values()))) if means else 0.0
+    better = score > run.progress.best
+    run.progress.best, run.progress.worse = (score, 0) if better else (run.progress.best, run.progress.worse + 1)
+    if better:
+        run.best = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
+    if run.ranks.rank == 0:
+        if better:
+            candidate.replace(best)
+        candidate.unlink(missing_ok=True)
+    run.emit(
+        {
+            "event": "validated",
+            "stage": stage.name,
+            "step": run.progress.step,
+            "score": round(score, 4),
+            "best": better,
+            "dice": {key: round(value, 4) for key, value in means.items()},
+            "cases": {name: {key: round(value, 4) for key, value in dice.items()} for name, dice in scores},
+        }
+    )
 
 
-def _phantom_cases(config: TrainConfig, spec: ModelSpec, emit: Callable[[Event], None]) -> Iterator[Case]:
-    """Training phantoms of every modality, made on all cores."""
-    jobs = [(seed, expert, spec) for seed in range(config.phantoms) for expert in range(len(MODALITIES))]
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_start_worker) as pool:
-        for number, case in enumerate(pool.map(_phantom_case, jobs, chunksize=4), start=1):
-            if number % 20 == 0 or number == len(jobs):
-                emit({"event": "phantoms", "made": number, "of": len(jobs)})
-            yield case
+def _validation_scores(
+    predictor: Predictor, sources: Sequence[CaseSource], gated: bool
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Name and Dice by structure of each case; until there is a gate, the right expert is named."""
+    keys = predictor.spec.label_keys
+    for source in sources:
+        image, truth = source.load()
+        if truth is None:
+            continue
+        labels, _ = predictor(image, "auto" if gated else predictor.spec.expert_names[source.expert])
+        dice = dice_scores(labels.array, truth.array, len(keys))
+        yield source.name, {keys[label]: value for label, value in dice.items() if keys[label] in source.annotated}
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what an interruption means
-    torch.set_num_threads(1)
+def _save(run: _Run, learner: torch.nn.Module, *memory: Mapping[str, Tensor]) -> None:
+    if run.ranks.rank == 0:
+        tensors = {f"learner.{key}": value for key, value in learner.state_dict().items()}
+        tensors |= {f"best.{key}": value for key, value in run.best.items()}
+        save_checkpoint(run.folder / "checkpoint.safetensors", run.progress, tensors | dict(*memory))
 
 
-def _phantom_case(job: tuple[int, int, ModelSpec]) -> Case:
-    seed, expert, spec = job
-    phantom = make_phantom(seed, MODALITIES[expert])
-    return make_case(phantom.image, phantom.labels, STRUCTURES, spec, expert)
+def _finish_stage(run: _Run, learner: MoESwinUNet, average: AveragedModel) -> None:
+    """The next stage starts from the best weights of this one, or from the average where nothing was validated."""
+    weights = run.best or average.module.state_dict()
+    if learner is not run.network:
+        weights = {**run.network.state_dict(), **{k: v for k, v in weights.items() if not k.startswith(_HEAD)}}
+    run.network.load_state_dict(weights)
+    run.network.eval()
+    run.best = {}
+    run.progress = Progress(run.progress.stage + 1, experts=run.network.spec.experts, parts=run.progress.parts)
+    _save(run, run.network)
+    run.ranks.wait()

@@ -1,35 +1,65 @@
 """Losses for partly annotated cases and for the gate.
 
-Shape suffixes: B image, H and W row and column, K class (0 is background), E expert.
+Shape suffixes: B image, H and W row and column, P pixel, K class (0 is background), D step up from part to whole,
+E expert.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..labels import ancestry
 
-def known_scores(scores_BHWK: Tensor, annotated_BK: Tensor) -> Tensor:
-    """Scores over what each image's annotators drew: what they did not draw counts as background.
+Sum = Callable[[Tensor], Tensor]
 
-    The background takes the summed probability of all unannotated classes, which get none (the marginal loss of
-    Shi et al., Medical Image Analysis 70, 2021).
+
+def wholes(structures: Sequence[str]) -> Tensor:
+    """What each class is part of: [K, D] with the class itself, what it is part of, and so on, then background.
+
+    Args:
+        structures: Keys of classes 1, 2 and so on.
+    """
+    values = {key: value for value, key in enumerate(structures, start=1)}
+    chains = [[0], *([*(values[whole] for whole in ancestry(key) if whole in values), 0] for key in structures)]
+    longest = max(map(len, chains))
+    return torch.tensor([chain + [0] * (longest - len(chain)) for chain in chains])
+
+
+def known_log_probabilities(scores_BHWK: Tensor, annotated_BK: Tensor, wholes_KD: Tensor) -> Tensor:
+    """Log-probabilities over what each image's annotators drew.
+
+    A structure that they did not draw counts as the one it is part of (a tumour as liver), or as background: that one
+    takes its probability, and it gets none (the marginal loss of Shi et al., Medical Image Analysis 70, 2021).
 
     Args:
         scores_BHWK: Scores before softmax.
         annotated_BK: Whether class k is annotated in image b; the background is not asked.
+        wholes_KD: See `wholes`.
     """
-    if bool(annotated_BK.all()):
-        return scores_BHWK
-    annotated_B11K = annotated_BK[:, None, None, :].clone()
-    annotated_B11K[..., 0] = False
-    background_BHW1 = scores_BHWK.masked_fill(annotated_B11K, float("-inf")).logsumexp(-1, keepdim=True)
-    structures = scores_BHWK[..., 1:].masked_fill(~annotated_B11K[..., 1:], float("-inf"))
-    return torch.cat([background_BHW1, structures], dim=-1)
+    log_BHWK = scores_BHWK.log_softmax(-1)
+    if annotated_BK.device.type == "cpu" and annotated_BK.all():  # elsewhere the question would wait for the device
+        return log_BHWK
+    known_BKD = annotated_BK[:, wholes_KD] | (wholes_KD == 0)
+    first_BK1 = known_BKD.int().argmax(-1, keepdim=True)
+    target_BK = wholes_KD.expand_as(known_BKD).gather(-1, first_BK1)[..., 0]
+    summed_BHWK = torch.zeros_like(log_BHWK).scatter_add(
+        -1, target_BK[:, None, None, :].expand_as(log_BHWK), log_BHWK.exp()
+    )
+    return summed_BHWK.clamp(min=torch.finfo(summed_BHWK.dtype).tiny).log()
 
 
-def segmentation_loss(scores_BHWK: Tensor, labels_BHW: Tensor, annotated_BK: Tensor, balance: float = 0.0) -> Tensor:
+def segmentation_loss(
+    scores_BHWK: Tensor,
+    labels_BHW: Tensor,
+    annotated_BK: Tensor,
+    wholes_KD: Tensor,
+    balance: float = 0.0,
+    add_up: Sum = lambda tensor: tensor,
+) -> Tensor:
     """Cross-entropy plus one minus the Dice of the batch, over the structures that are in it.
 
     Dice is summed over the batch, so that a structure that most slices lack does not add a constant.
@@ -38,24 +68,41 @@ def segmentation_loss(scores_BHWK: Tensor, labels_BHW: Tensor, annotated_BK: Ten
         scores_BHWK: Scores before softmax.
         labels_BHW: Class of each pixel (int64).
         annotated_BK: Whether class k is annotated in image b.
+        wholes_KD: See `wholes`.
         balance: A pixel's weight in the cross-entropy is its class's number of pixels to the power of minus this.
             At 0 the background is 95 % of it, and a new network learns nothing else for hundreds of steps.
+        add_up: Adds up a tensor over the parts of the batch that other processes hold.
     """
-    log_PK = known_scores(scores_BHWK.float(), annotated_BK).log_softmax(-1).flatten(0, 2)
-    probability_PK = log_PK.exp()
-    truth_P1 = labels_BHW.flatten()[:, None]
-    classes = scores_BHWK.shape[-1]
-    hit_P = probability_PK.gather(1, truth_P1)[:, 0]
-    both_K = hit_P.new_zeros(classes).index_add(0, truth_P1[:, 0], hit_P)
-    truth_K = torch.bincount(truth_P1[:, 0], minlength=classes).to(hit_P)
-    cross_entropy = F.nll_loss(log_PK, truth_P1[:, 0], truth_K.clamp(min=1).pow(-balance))
-    dice_K = (2 * both_K + 1) / (probability_PK.sum(0) + truth_K + 1)
-    present_K = truth_K > 0
+    log_PK = known_log_probabilities(scores_BHWK.float(), annotated_BK, wholes_KD).flatten(0, 2)
+    truth_P = labels_BHW.flatten()
+    log_hit_P = log_PK.gather(1, truth_P[:, None])[:, 0]
+    by_class = log_PK.new_zeros(log_PK.shape[1])
+    pixels_K = by_class.index_add(0, truth_P, torch.ones_like(log_hit_P))
+    hit_K = by_class.index_add(0, truth_P, log_hit_P.exp())
+    surprise_K = by_class.index_add(0, truth_P, -log_hit_P)
+    pixels_K, hit_K, surprise_K, found_K = add_up(
+        torch.stack([pixels_K, hit_K, surprise_K, log_PK.exp().sum(0)])
+    ).unbind()
+    weight_K = pixels_K.clamp(min=1).pow(-balance)
+    cross_entropy = (weight_K * surprise_K).sum() / (weight_K * pixels_K).sum()
+    dice_K = (2 * hit_K + 1) / (found_K + pixels_K + 1)
+    present_K = pixels_K > 0
     present_K[0] = False
-    share = present_K / present_K.sum().clamp(min=1)
-    return cross_entropy + ((1 - dice_K) * share).sum()
+    share_K = present_K / present_K.sum().clamp(min=1)
+    return cross_entropy + ((1 - dice_K) * share_K).sum()
 
 
-def gate_loss(logits_BE: Tensor, experts_B: Tensor) -> Tensor:
-    """Cross-entropy of the gate against each image's own expert."""
-    return F.cross_entropy(logits_BE, experts_B)
+def gate_loss(logits_BE: Tensor, experts_B: Tensor, add_up: Sum = lambda tensor: tensor) -> Tensor:
+    """Mean cross-entropy of the gate against each image's own expert."""
+    total = F.cross_entropy(logits_BE, experts_B, reduction="sum")
+    total, count = add_up(torch.stack([total, total.new_tensor(len(experts_B))])).unbind()
+    return total / count
+
+
+def reconstruction_loss(
+    predicted_BHWS: Tensor, images_BSHW: Tensor, hidden_BHW: Tensor, add_up: Sum = lambda tensor: tensor
+) -> Tensor:
+    """Mean absolute error over hidden pixels (Xie et al., "SimMIM", CVPR 2022, section 3.4)."""
+    error_BHW = (predicted_BHWS.float() - images_BSHW.permute(0, 2, 3, 1)).abs().mean(-1)
+    total, count = add_up(torch.stack([(error_BHW * hidden_BHW).sum(), hidden_BHW.sum().float()])).unbind()
+    return total / count.clamp(min=1)

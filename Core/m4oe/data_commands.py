@@ -1,0 +1,218 @@
+"""The commands `m4oe data scan`, `plan` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .training.cases import DataSet, Finding
+    from .training.check import CaseReport
+
+_NAMED = 3  # cases that are named where many have one finding
+_SEVERITIES = ("error", "warning", "note")
+
+
+def add_data_commands(commands: Any) -> None:
+    """Adds `data` and what belongs to it to the commands of the parser."""
+    data = commands.add_parser("data", help="recognise, check, join and exchange data sets")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+
+    scan = actions.add_parser("scan", help="say what a folder holds and what is wrong with it, case by case")
+    _add_sources(scan)
+    scan.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
+    scan.set_defaults(run=_scan)
+
+    plan = actions.add_parser("plan", help="check and join data sets, and split them by patient")
+    _add_sources(plan)
+    plan.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE", help="an existing plan keeps its splits"
+    )
+    plan.add_argument("--seed", type=int, default=0, metavar="N", help="of the splits; default: %(default)s")
+    plan.add_argument("--val", type=float, default=0.1, metavar="SHARE", help="for validation; default: %(default)s")
+    plan.add_argument("--test", type=float, default=0.2, metavar="SHARE", help="never trained on; default: %(default)s")
+    plan.add_argument("--share", action="store_true", help="take data sets that share patients, all for training")
+    plan.set_defaults(run=_plan)
+
+    export = actions.add_parser("export", help="write for others: nnU-Net raw or decathlon")
+    _add_sources(export, "a plan, or folders with data sets")
+    export.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="OUT", help="folder; must not hold them yet"
+    )
+    export.add_argument("--format", choices=("nnunet", "decathlon"), required=True)
+    export.set_defaults(run=_export)
+
+
+def _add_sources(parser: argparse.ArgumentParser, sources: str = "data set, or folder that holds some") -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=sources)
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="label values of your own data, CSV or JSON")
+    parser.add_argument("--modality", choices=("CT", "MR"), help="of your own data")
+    parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_t2")
+
+
+def _scan(options: argparse.Namespace) -> int:
+    datasets = _find(options)
+    results = []
+    for dataset in datasets:
+        reports = _check(dataset)
+        print(_describe(dataset, reports), flush=True)
+        results.append(_values(dataset, reports))
+    if options.json:
+        _write_json(options.json, {"datasets": results})
+    return int(any(finding["severity"] == "error" for result in results for finding in result["findings"]))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .training.plan import SPLITS, make_plan, read_plan, write_plan
+
+    old = read_plan(options.output) if options.output.exists() else None
+    datasets = _find(options)
+    reports = {dataset.name: _check(dataset) for dataset in datasets}
+    shares = {"seed": options.seed, "val": options.val, "test": options.test, "share": options.share}
+    plan, findings = make_plan(datasets, reports, old, **shares)
+    write_plan(options.output, plan)
+    for dataset in plan.datasets:
+        found = [plan.split_of(dataset, case) for case in dataset.cases if case.label]
+        counts = ", ".join(f"{found.count(split)} {split}" for split in SPLITS)
+        print(f"{dataset.name}: {counts}, {len(dataset.cases) - len(found)} unlabelled; licence: {_licence(dataset)}")
+    for case, reason in plan.left_out.items():
+        print(f"  left out  {case}: {reason}")
+    print("\n".join([*_finding_lines(findings), f"{len(plan.structures)} structures: {', '.join(plan.structures)}"]))
+    print(f"plan: {options.output}")
+    return int(bool(plan.left_out))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .training.exchange import export
+    from .training.plan import read_plan
+
+    if options.folders[0].is_file():
+        plan = read_plan(options.folders[0])
+        datasets = list(plan.datasets)
+        splits = {d.name: {case.case: plan.split_of(d, case) for case in d.cases} for d in datasets}
+    else:
+        datasets = _find(options)
+        splits = {d.name: {case.case: case.split or "train" for case in d.cases} for d in datasets}
+    total = sum(len(dataset.cases) for dataset in datasets)
+    written = list(_progress("export", total, export(datasets, splits, options.output, options.format)))
+    for folder in dict.fromkeys(folder for _, folder in written):
+        print(f"{sum(place == folder for _, place in written)} cases: {folder}")
+    return 0
+
+
+def _find(options: argparse.Namespace) -> list[DataSet]:
+    from .training.datasets import find_datasets
+    from .training.layouts import Hints
+    from .training.names import read_label_table
+
+    names = read_label_table(options.labels) if options.labels else {}
+    hints = Hints(names, options.modality, options.expert)
+    return [dataset for folder in options.folders for dataset in find_datasets(folder, hints)]
+
+
+def _check(dataset: DataSet) -> list[CaseReport]:
+    from .training.check import check_cases
+
+    return list(_progress(dataset.name, len(dataset.cases), check_cases(dataset.cases)))
+
+
+def _progress(title: str, total: int, items: Iterable[Any]) -> Iterator[Any]:
+    """The items, with a bar where stderr is a terminal."""
+    from tqdm import tqdm
+
+    yield from tqdm(items, title, total, leave=False, disable=None)
+
+
+# What is said
+
+
+def _describe(dataset: DataSet, reports: Sequence[CaseReport]) -> str:
+    from .training.check import histogram
+
+    cases = dataset.cases
+    counts = [f"{len(cases)} cases", f"{sum(case.label is not None for case in cases)} with label"]
+    counts += _counts(case.modality or "of unknown modality" for case in cases)
+    lines = [
+        f"{dataset.name}  {dataset.layout}  {dataset.folder}",
+        f"  {', '.join(counts)}; {_patients(dataset)} patients; licence: {_licence(dataset)}",
+    ]
+    if experts := _counts(case.expert for case in cases if case.expert):
+        lines.append(f"  experts: {', '.join(experts)}")
+    annotated = dict.fromkeys(key for case in cases if case.label for key in case.annotated)
+    found = {key: sum(key in report.volumes_ml for report in reports) for key in annotated}
+    lines.append(f"  structures (in cases): {', '.join(f'{key} {count}' for key, count in found.items()) or 'none'}")
+    lines += _histograms(reports, histogram)
+    findings = [*dataset.findings, *(finding for report in reports for finding in report.findings)]
+    return "\n".join([*lines, *_finding_lines(findings)])
+
+
+def _histograms(reports: Sequence[CaseReport], line: Callable[[list[float]], str]) -> list[str]:
+    spacings = [report.spacing for report in reports if report.spacing]
+    sizes = [report.size for report in reports if report.size]
+    lines = []
+    for axis, letter in enumerate("ijk"):
+        if spacings:
+            lines.append(f"  spacing {letter} (mm)   {line([round(spacing[axis], 3) for spacing in spacings])}")
+    for axis, letter in enumerate("ijk"):
+        if sizes:
+            lines.append(f"  size {letter} (voxels)  {line([size[axis] for size in sizes])}")
+    return lines
+
+
+def _finding_lines(findings: Iterable[Finding]) -> list[str]:
+    """One line per sentence; a sentence that several cases share is said once."""
+    cases: dict[tuple[int, str], list[str]] = {}
+    for finding in findings:
+        cases.setdefault((_SEVERITIES.index(finding.severity), finding.sentence), []).append(finding.case)
+    lines = []
+    for (severity, sentence), names in sorted(cases.items(), key=lambda item: item[0][0]):
+        several = f"{len(names)} cases ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+        who = several if len(names) > 1 else names[0]
+        lines.append(f"  {_SEVERITIES[severity]:<8}  {who}{': ' if who else ''}{sentence}")
+    return lines
+
+
+def _counts(values: Iterable[str | None]) -> list[str]:
+    found = list(values)
+    return [f"{found.count(value)} {value}" for value in dict.fromkeys(found)]
+
+
+def _patients(dataset: DataSet) -> int:
+    return len({case.patient for case in dataset.cases})
+
+
+def _licence(dataset: DataSet) -> str:
+    return dataset.licence or "not given"
+
+
+def _values(dataset: DataSet, reports: Sequence[CaseReport]) -> dict[str, Any]:
+    findings = [*dataset.findings, *(finding for report in reports for finding in report.findings)]
+    return {
+        "name": dataset.name,
+        "layout": dataset.layout,
+        "folder": str(dataset.folder),
+        "licence": dataset.licence,
+        "findings": [asdict(finding) for finding in findings],
+        "cases": [
+            {
+                **{key: value for key, value in asdict(case).items() if key not in ("image", "label")},
+                "image": str(case.image),
+                "label": str(case.label) if case.label else None,
+                "spacing_mm": report.spacing,
+                "size": report.size,
+                "volumes_ml": dict(report.volumes_ml),
+            }
+            for case, report in zip(dataset.cases, reports, strict=True)
+        ],
+    }
+
+
+def _write_json(path: Path, values: Any) -> None:
+    from .files import atomic_write
+
+    with atomic_write(path) as new:
+        new.write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -1,0 +1,131 @@
+"""Structure keys for the names that others give: "Left kidney", "LK", "postcava", and tables of label values."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..labels import catalogue
+
+BACKGROUND = "background"
+_ABBREVIATIONS = {
+    "lk": "left kidney",
+    "rk": "right kidney",
+    "lag": "left adrenal",
+    "rag": "right adrenal",
+    "ivc": "inferior vena cava",
+    "postcava": "inferior vena cava",
+    "svc": "superior vena cava",
+    "arota": "aorta",
+    "gall bladder": "gallbladder",
+    "bladder": "urinary bladder",
+    "clear label": BACKGROUND,
+}
+_WORDS = {
+    "l": "left",
+    "r": "right",
+    "oesophagus": "esophagus",
+    "intestine": "bowel",
+    "tumour": "tumor",
+    "cancer": "tumor",
+    "lesion": "tumor",
+}
+_FILLERS = frozenset({"and", "of", "or", "the", "whole", "gland"})
+_VALUE_COLUMNS = ("labelvalue", "label", "index", "id", "value")
+_NAME_COLUMNS = ("key", "structure", "name")
+
+
+def key_of(name: str) -> str | None:
+    """The key of the structure that `name` means, whatever its spelling, or None; "background" is one."""
+    return _index().get(_words(name))
+
+
+def keys_of(names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
+    """Keys by label value, and the names that mean no structure.
+
+    A bare "tumour" or "cyst" is that of the only organ that can have one.
+    """
+    keys = {value: key_of(name) for value, name in names.items()}
+    for value, name in names.items():
+        lesions = {f"{organ}_{'_'.join(sorted(_words(name)))}" for organ in keys.values()} & set(catalogue())
+        if keys[value] is None and len(lesions) == 1:
+            keys[value] = lesions.pop()
+    known = {value: key for value, key in keys.items() if key and value}
+    return known, {value: name for value, name in names.items() if value and value not in known}
+
+
+def named_values(labels: Mapping[str, Any]) -> dict[int, str]:
+    """Names by label value from {"1": "liver"}, {"liver": 1}, or {"whole liver": [1, 2], "tumour": 2} with regions.
+
+    A value in several regions is named by the smallest, so that with an organ and its lesions the organ's own value
+    gets the organ's name.
+
+    Raises:
+        ValueError: An entry is none of these.
+    """
+    names: dict[int, tuple[int, str]] = {}
+    for left, right in labels.items():
+        if isinstance(right, str) and re.fullmatch(r"\d+", left):
+            values, name = [int(left)], right
+        else:
+            values, name = right if isinstance(right, list) else [right], left
+        if not values or not all(isinstance(value, int) for value in values):
+            raise ValueError(f'the label {left!r}: {right!r} is not understood, expected such as {{"1": "liver"}}')
+        for value in values:
+            if value not in names or len(values) < names[value][0]:
+                names[value] = (len(values), name)
+    return {value: name for value, (_, name) in sorted(names.items())}
+
+
+def read_label_table(path: Path) -> dict[int, str]:
+    """Names by label value, from JSON or a CSV or TSV table.
+
+    JSON is {"1": "liver"}, {"liver": 1} or a dataset.json. A table has a header with a column LabelValue, label,
+    index, id or value, and a column key, structure or name: Slicer's colour tables and those of BIDS do.
+
+    Raises:
+        ValueError: The file is missing or holds no such table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = _from_json(text) if path.suffix.lower() == ".json" else _from_table(text)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); expected a table of label values") from error
+    except (ValueError, AttributeError, LookupError) as error:
+        raise ValueError(f"{path} is not a table of label values, such as a CSV with columns label and name") from error
+    if not names:
+        raise ValueError(f"{path} holds no label value; expected rows such as 1,liver")
+    return names
+
+
+def _from_json(text: str) -> dict[int, str]:
+    values = json.loads(text)
+    return named_values(values.get("labels", values))
+
+
+def _from_table(text: str) -> dict[int, str]:
+    lines = text.splitlines()
+    rows = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ";" if ";" in lines[0] else ",")
+    header = [column.strip().lower() for column in next(rows)]
+    value, name = (
+        header.index(min({*names} & {*header}, key=names.index)) for names in (_VALUE_COLUMNS, _NAME_COLUMNS)
+    )
+    return {int(row[value]): row[name].strip() for row in rows if row}
+
+
+@cache
+def _index() -> dict[frozenset[str], str]:
+    """Keys by the words of their names and of themselves."""
+    index = {_words(text): key for key, entry in catalogue().items() for text in (key, entry.name)}
+    return index | {frozenset({BACKGROUND}): BACKGROUND}
+
+
+def _words(name: str) -> frozenset[str]:
+    words = re.findall(r"[a-z]+|\d+", name.lower())
+    words = _ABBREVIATIONS.get(" ".join(words), " ".join(words)).split()
+    return frozenset(_WORDS.get(word, word) for word in words) - _FILLERS

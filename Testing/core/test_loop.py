@@ -1,0 +1,390 @@
+"""The training loop on cases of a few voxels: stages, checkpoints, validation, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from m4oe.geometry import Grid, Volume
+from m4oe.network.unet import MoESwinUNet
+from m4oe.package import load_model
+from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.training import loop as module
+from m4oe.training.cache import CaseSource
+from m4oe.training.checkpoint import load_checkpoint
+from m4oe.training.config import Stage, TrainConfig
+from m4oe.training.data import make_case
+from m4oe.training.loop import TrainingData, train
+from safetensors.torch import load_file
+from torch import Tensor
+
+NETWORK = NetworkSpec(
+    experts=2, top_k=1, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, drop_path=0.1
+)
+CONFIG = TrainConfig(
+    name="tiny",
+    network=NETWORK,
+    pixel_mm=2.0,
+    slice_mm=2.0,
+    crop=16,
+    images=2,
+    stages=(Stage("dense", 6, 1e-3), Stage("experts", 6, 1e-3), Stage("gate", 4, 1e-2), Stage("joint", 4, 1e-3)),
+    checkpoint_every=2,
+)
+SPEC = ModelSpec(
+    name="tiny",
+    version="1",
+    network=replace(NETWORK, drop_path=0.0),
+    structures=("liver", "spleen"),
+    experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr_t1", "MR")),
+    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
+    pixel_mm=2.0,
+    slice_mm=2.0,
+)
+
+
+def a_pair(expert: int, seed: int) -> tuple[Volume, Volume]:
+    """Noise with two bright boxes: liver and spleen."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((4, 20, 20), np.uint8)
+    labels[1:3, 4:12, 4:10], labels[1:3, 4:12, 13:18] = 1, 2
+    image = rng.normal(-40 if expert == 0 else 200, 10, labels.shape) + 100 * labels
+    grid = Grid(labels.shape, np.diag([-2.0, -2.0, 2.0, 1.0]))
+    modality = ("CT", "MR")[expert]
+    return Volume(image.astype(np.int16), grid, f"{modality}{seed}", modality), Volume(labels, grid)
+
+
+def some_data(validation: bool = False) -> TrainingData:
+    pairs = [(expert, seed) for expert in (0, 1) for seed in (1, 2)]
+    cases = [make_case(*a_pair(*pair), SPEC.structures, SPEC, pair[0]) for pair in pairs]
+    sources = [
+        CaseSource(f"unseen{expert}", expert, SPEC.structures, (), lambda expert=expert: a_pair(expert, 9))
+        for expert in (0, 1)
+    ]
+    return TrainingData(SPEC, cases, sources if validation else ())
+
+
+def run(folder: Path, config: TrainConfig = CONFIG, data: TrainingData | None = None, **more: Any) -> list[Any]:
+    torch.set_num_threads(1)
+    events: list[Any] = []
+    train(config, data or some_data(), folder, events.append, device="cpu", **more)
+    return events
+
+
+def losses(folder: Path) -> dict[tuple[str, int], Any]:
+    """The last word of each step."""
+    lines = map(json.loads, (folder / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    return {(line["stage"], line["step"]): line["loss"] for line in lines if line["event"] == "step"}
+
+
+def assert_same_model(*folders: Path) -> None:
+    """To the last bit; the order of a file's metadata is not fixed."""
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Stopped(Exception):
+    """In the place of a power cut."""
+
+
+def stop_at(stage: str, step: int) -> Callable[[Any], None]:
+    def watch(event: Any) -> None:
+        if event["event"] == "step" and (event["stage"], event["step"]) == (stage, step):
+            raise Stopped
+
+    return watch
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize(("stage", "step"), [("dense", 2), ("dense", 6), ("experts", 4), ("gate", 4), ("joint", 2)])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stage: str, step: int) -> None:
+    run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(CONFIG, some_data(), tmp_path / "stopped", stop_at(stage, step), device="cpu")
+    events = run(tmp_path / "stopped")
+    assert (step == 2 and stage == "dense") or events[0]["event"] == "resumed"
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert_same_model(tmp_path / "stopped", tmp_path / "whole")
+
+
+KILLED = """
+import sys, pathlib
+sys.path.insert(0, {tests!r})
+import test_loop
+def slowly(event):
+    print(event, flush=True)
+test_loop.torch.set_num_threads(1)
+test_loop.train(test_loop.CONFIG, test_loop.some_data(), pathlib.Path({folder!r}), slowly, device="cpu")
+"""
+
+
+def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "killed"))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "'experts'" in line and "'step': 4" in line:
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    events = run(tmp_path / "killed")
+    assert events[0] == {"event": "resumed", "stage": 1, "step": 2}
+    run(tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert [event["event"] for event in run(tmp_path)] == ["resumed"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match="another configuration"):
+        run(tmp_path, replace(CONFIG, seed=1))
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"1234567890")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m4oe.training import checkpoint
+
+    saved = checkpoint.save_file
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        if '"stage": 1' in metadata["progress"]:
+            Path(path).write_bytes(b"half")
+            raise OSError("No space left on device")
+        saved(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path / "full")
+    assert load_checkpoint(tmp_path / "full" / "checkpoint.safetensors")[0].step == 4
+    run(tmp_path / "full")
+    run(tmp_path / "whole")
+    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
+
+
+# ---- stages
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    config = replace(CONFIG, stages=(Stage("dense", 80, 1e-2),))
+    run(tmp_path, config)
+    by_step = losses(tmp_path)
+    assert by_step["dense", 80]["segmentation"] < 0.7 * by_step["dense", 2]["segmentation"]
+
+
+def test_pretraining_needs_no_labels_and_its_loss_falls(tmp_path: Path) -> None:
+    cases = [replace(case, labels_ZHW=None, slices_of={}) for case in some_data().cases]
+    config = replace(CONFIG, stages=(Stage("pretrain", 80, 1e-2),))
+    run(tmp_path, config, TrainingData(SPEC, cases))
+    by_step = losses(tmp_path)
+    assert by_step["pretrain", 80]["reconstruction"] < 0.7 * by_step["pretrain", 2]["reconstruction"]
+
+
+def test_pretrained_weights_are_where_training_starts(tmp_path: Path) -> None:
+    config = replace(CONFIG, stages=(Stage("pretrain", 4, 1e-2), Stage("dense", 1, 1e-9)))
+    run(tmp_path, config)
+    learned, _ = load_model(tmp_path / "model.safetensors")
+    torch.manual_seed(config.seed)
+    fresh = MoESwinUNet(replace(NETWORK, experts=1, top_k=0), 3).state_dict()
+    state = learned.state_dict()
+    torch.testing.assert_close(state["head.weight"], fresh["head.weight"], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(state["patch_embed.weight"], fresh["patch_embed.weight"], atol=1e-3)
+
+
+def test_the_gate_stage_trains_the_gate_alone() -> None:
+    network = MoESwinUNet(NETWORK, 3)
+    assert network.router is not None
+    trained = module._trained_parameters(network, Stage("gate", 1, 1e-3))
+    assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in network.router.parameters()}
+
+
+def test_experts_start_as_copies_and_part_by_modality(tmp_path: Path) -> None:
+    run(tmp_path, replace(CONFIG, stages=(Stage("dense", 2, 1e-3), Stage("experts", 1, 1e-2))))
+    network, _ = load_model(tmp_path / "model.safetensors")
+    first, second = (torch.cat([p.flatten() for p in network.expert_parameters(index)]) for index in (0, 1))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first, second, atol=0.1, rtol=0)
+
+
+def test_the_rate_rises_to_one_and_falls_to_zero() -> None:
+    rates = [module._rate(step, 100) for step in range(100)]
+    assert rates.index(max(rates)) == 4
+    assert max(rates) == 1
+    assert rates[-1] < 0.01
+
+
+def test_an_unknown_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected one of pretrain, dense, experts, gate, joint"):
+        Stage("warm", 1, 1e-3)
+
+
+@pytest.mark.parametrize("names", [("dense", "pretrain"), ("experts", "dense"), ()])
+def test_stages_out_of_order_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="out of order"):
+        replace(CONFIG, stages=tuple(Stage(name, 1, 1e-3) for name in names))
+
+
+# ---- validation
+
+
+def test_the_best_weights_of_a_stage_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, states = iter([0.5, 0.9, 0.2]), []
+
+    def scored(predictor: Any, sources: Any, gated: bool) -> list[Any]:
+        states.append({key: value.clone() for key, value in predictor.network.state_dict().items()})
+        return [("a", {"liver": next(scores)})]
+
+    monkeypatch.setattr(module, "_validation_scores", scored)
+    monkeypatch.setattr("m4oe.predictor.bfloat16_is_faster", lambda device: False)
+    config = replace(CONFIG, stages=(Stage("dense", 6, 1e-2),), validate_every=2)
+    events = run(tmp_path, config, some_data(validation=True))
+    assert [event["best"] for event in events if event["event"] == "validated"] == [True, True, False]
+    kept, best = load_model(tmp_path / "model.safetensors")[0], load_model(tmp_path / "best.safetensors")[0]
+    expected = states[1]["head.weight"]
+    assert torch.equal(best.state_dict()["head.weight"], expected)
+    assert torch.equal(kept.state_dict()["head.weight"], expected.half().float())
+    assert not torch.equal(states[2]["head.weight"], expected)
+
+
+def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: [("a", {"liver": 0.5})])
+    config = replace(CONFIG, stages=(Stage("dense", 40, 1e-3),), validate_every=2, patience=3)
+    events = run(tmp_path, config, some_data(validation=True))
+    assert events[-1] == {"event": "early stop", "stage": "dense", "step": 8}
+
+
+def test_validation_segments_whole_volumes_on_their_own_grid(tmp_path: Path) -> None:
+    config = replace(CONFIG, stages=(Stage("dense", 60, 1e-2),), validate_every=60)
+    events = run(tmp_path, config, some_data(validation=True))
+    validated = next(event for event in events if event["event"] == "validated")
+    assert set(validated["cases"]) == {"unseen0", "unseen1"} and set(validated["dice"]) == {"liver", "spleen"}
+    assert validated["score"] == pytest.approx(np.mean(list(validated["dice"].values())), abs=1e-3)
+
+
+def test_a_run_with_validation_resumes_to_the_same_end(tmp_path: Path) -> None:
+    config = replace(CONFIG, stages=(Stage("dense", 6, 1e-2), Stage("experts", 4, 1e-2)), validate_every=2)
+    run(tmp_path / "whole", config, some_data(validation=True))
+    with pytest.raises(Stopped):
+        train(config, some_data(validation=True), tmp_path / "stopped", stop_at("experts", 4), device="cpu")
+    run(tmp_path / "stopped", config, some_data(validation=True))
+    assert_same_model(tmp_path / "stopped", tmp_path / "whole")
+
+
+# ---- trouble
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(scores: Tensor, *rest: Any) -> Tensor:
+        return scores.sum() * torch.nan
+
+    monkeypatch.setattr(module, "segmentation_loss", poisoned)
+    with pytest.raises(RuntimeError, match="not finite at step 1 of stage dense; look at the cases .*CT[12].*MR[12]"):
+        run(tmp_path)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_short_memory_cuts_the_batch_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = module.segmentation_loss
+
+    def greedy(scores: Tensor, *rest: Any) -> Tensor:
+        if len(scores) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(scores, *rest)
+
+    monkeypatch.setattr(module, "segmentation_loss", greedy)
+    events = run(tmp_path)
+    assert [event for event in events if event["event"] == "memory"] == [{"event": "memory", "parts": 2}]
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_memory_for_no_image_at_all_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*given: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "segmentation_loss", greedy)
+    with pytest.raises(RuntimeError, match="does not hold one image per modality; take a smaller crop"):
+        run(tmp_path)
+
+
+# ---- several processes
+
+SHARED = """
+import sys, pathlib
+sys.path.insert(0, {tests!r})
+import test_loop
+from m4oe.training.ranks import joined_ranks
+test_loop.torch.set_num_threads(1)
+test_loop.module.bfloat16_is_faster = lambda device: False
+with joined_ranks() as ranks:
+    def watch(event):
+        if {kill} and ranks.rank == 0 and event.get("stage") == "experts":
+            (pathlib.Path({folder!r}) / "alive").touch()
+    if {kill} and ranks.rank == 1:
+        import os, threading, time
+        def die():
+            while not (pathlib.Path({folder!r}) / "alive").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), 9)
+        threading.Thread(target=die, daemon=True).start()
+    test_loop.train(test_loop.EVEN, test_loop.some_data(), pathlib.Path({folder!r}), watch, ranks, "cpu")
+"""
+EVEN = replace(CONFIG, network=replace(NETWORK, drop_path=0.0), stages=CONFIG.stages[:2])
+
+
+def on_two_processes(folder: Path, kill: bool = False) -> subprocess.CompletedProcess[str]:
+    script = folder.parent / "shared.py"
+    folder.mkdir(exist_ok=True)
+    script.write_text(SHARED.format(tests=str(Path(__file__).parent), folder=str(folder), kill=kill), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "bfloat16_is_faster", lambda device: False)  # its rounding is larger than 1e-5
+    done = on_two_processes(tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    run(tmp_path / "one", EVEN)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, abs=1e-5), step
+
+
+def test_when_a_process_is_killed_the_job_fails_and_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "bfloat16_is_faster", lambda device: False)
+    failed = on_two_processes(tmp_path / "two", kill=True)
+    assert failed.returncode != 0
+    assert "Signal 9 (SIGKILL) received" in failed.stderr  # torchrun ends the others, which may have no time to tell
+    assert on_two_processes(tmp_path / "two").returncode == 0
+    run(tmp_path / "one", EVEN)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, abs=1e-5), step
