@@ -363,7 +363,11 @@ def on_two_processes(folder: Path, kill: bool = False) -> subprocess.CompletedPr
     script.write_text(SHARED.format(tests=str(Path(__file__).parent), folder=str(folder), kill=kill), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        encoding="utf-8",  # torchrun says so whatever the locale
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
