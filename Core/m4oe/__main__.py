@@ -24,7 +24,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .data_commands import add_data_commands
+from .data_commands import add_data_commands, add_sources, plan_folders
 from .labels import structure
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, installed_models, model_folders, read_spec
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .geometry import Volume
     from .predictor import Predictor, Report
     from .training.config import TrainConfig
+    from .training.plan import Plan
+    from .training.ranks import Ranks
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha")
 _LABEL_MAP = "It seems to be a label map, not an image."
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     train = commands.add_parser("train", help="train a model; the same command goes on with a run that stopped")
-    train.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="what to train on: a file of m4oe data plan")
+    add_sources(train, "what to train on: a plan of m4oe data plan, or data sets, planned in OUT/plan.json", "*")
     train.add_argument("--phantoms", action="store_true", help="on computer-made phantoms instead")
     train.add_argument("--quick", action="store_true", help="in miniature, to see that training works")
     train.add_argument("--preset", choices=("small", "full"), default="small", help="default: %(default)s")
@@ -450,9 +452,9 @@ def _evaluation_rules(options: argparse.Namespace) -> Rules:
 
 
 def _meanings(source: str | None) -> dict[int, str] | None:
-    from .labelmap import read_meanings
+    from .names import read_meanings
 
-    return read_meanings(Path(source)) if source else None
+    return read_meanings(source) if source else None
 
 
 def _model_names(places: Sequence[Path]) -> list[str]:
@@ -516,23 +518,22 @@ def _train(options: argparse.Namespace) -> int:
     from .training.config import DEMO, FULL, QUICK, SMALL
     from .training.loop import train
     from .training.phantom_data import phantom_data, score_on_phantoms
-    from .training.plan import read_plan
     from .training.plan_data import plan_config, plan_data, score_on_plan
     from .training.ranks import joined_ranks, local_device
     from .training.start import start_network
 
-    if (options.plan is None) == (not options.phantoms):
-        raise ValueError("expected a plan of m4oe data plan, or --phantoms")
+    if bool(options.folders) == options.phantoms:
+        raise ValueError("expected a plan of m4oe data plan, folders with data sets, or --phantoms")
     _prepare_folder(options.output)
     say = _print_json if options.json else _print_event
     with joined_ranks() as ranks:
-        if options.plan is None:
+        if options.phantoms:
             config = replace(QUICK if options.quick else DEMO, seed=options.seed)
             phantoms, unseen = (8, 2) if options.quick else (60, 5)
             data = phantom_data(config, phantoms, say)
             score: Callable[[Path], object] = partial(score_on_phantoms, count=unseen, emit=say)
         else:
-            plan = read_plan(options.plan)
+            plan = _training_plan(options, ranks)
             preset = {"quick": QUICK, "small": SMALL, "full": FULL}["quick" if options.quick else options.preset]
             config = plan_config(_with_options(preset, options), plan)
             data = plan_data(config, plan, options.cache or options.output / "cache", say)
@@ -544,6 +545,17 @@ def _train(options: argparse.Namespace) -> int:
             score(model)
             print(f"\n{_score_table(read_spec(model))}\n\nmodel: {model}")
     return 0
+
+
+def _training_plan(options: argparse.Namespace, ranks: Ranks) -> Plan:
+    """The plan that was named, or the one of the folders, which a run that goes on finds beside it."""
+    from .training.plan import read_plan
+
+    path = options.folders[0] if options.folders[0].is_file() else options.output / "plan.json"
+    if not path.exists() and ranks.rank == 0:
+        plan_folders(options, path)
+    ranks.wait()
+    return read_plan(path)
 
 
 def _with_options(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:

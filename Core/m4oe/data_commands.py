@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .training.cases import DataSet, Finding
     from .training.check import CaseReport
+    from .training.plan import Plan
 
 _NAMED = 3  # cases that are named where many have one finding
 _SEVERITIES = ("error", "warning", "note")
@@ -23,12 +24,12 @@ def add_data_commands(commands: Any) -> None:
     actions = data.add_subparsers(required=True, metavar="ACTION")
 
     scan = actions.add_parser("scan", help="say what a folder holds and what is wrong with it, case by case")
-    _add_sources(scan)
+    add_sources(scan)
     scan.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     scan.set_defaults(run=_scan)
 
     plan = actions.add_parser("plan", help="check and join data sets, and split them by patient")
-    _add_sources(plan)
+    add_sources(plan)
     plan.add_argument(
         "-o", "--output", required=True, type=Path, metavar="FILE", help="an existing plan keeps its splits"
     )
@@ -39,7 +40,7 @@ def add_data_commands(commands: Any) -> None:
     plan.set_defaults(run=_plan)
 
     export = actions.add_parser("export", help="write for others: nnU-Net raw or decathlon")
-    _add_sources(export, "a plan, or folders with data sets")
+    add_sources(export, "a plan, or folders with data sets")
     export.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT", help="folder; must not hold them yet"
     )
@@ -47,9 +48,12 @@ def add_data_commands(commands: Any) -> None:
     export.set_defaults(run=_export)
 
 
-def _add_sources(parser: argparse.ArgumentParser, sources: str = "data set, or folder that holds some") -> None:
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help=sources)
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="label values of your own data, CSV or JSON")
+def add_sources(
+    parser: argparse.ArgumentParser, sources: str = "data set, or folder that holds some", count: str = "+"
+) -> None:
+    """Adds the folders of data sets to a command, and what to say of data of your own."""
+    parser.add_argument("folders", nargs=count, type=Path, metavar="FOLDER", help=sources)
+    parser.add_argument("--labels", metavar="FILE", help="of your own data: CSV, JSON, or 1=liver,2=spleen")
     parser.add_argument("--modality", choices=("CT", "MR"), help="of your own data")
     parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_t2")
 
@@ -67,14 +71,18 @@ def _scan(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    shares = {key: getattr(options, key) for key in ("seed", "val", "test", "share")}
+    return int(bool(plan_folders(options, options.output, **shares).left_out))
+
+
+def plan_folders(options: argparse.Namespace, path: Path, **shares: Any) -> Plan:
+    """Writes the plan of the folders of `add_sources` and says what it holds; see `make_plan` for the shares."""
     from .training.plan import SPLITS, make_plan, read_plan, write_plan
 
-    old = read_plan(options.output) if options.output.exists() else None
+    old = read_plan(path) if path.exists() else None
     datasets = _find(options)
-    reports = {dataset.name: _check(dataset) for dataset in datasets}
-    shares = {"seed": options.seed, "val": options.val, "test": options.test, "share": options.share}
-    plan, findings = make_plan(datasets, reports, old, **shares)
-    write_plan(options.output, plan)
+    plan, findings = make_plan(datasets, {dataset.name: _check(dataset) for dataset in datasets}, old, **shares)
+    write_plan(path, plan)
     for dataset in plan.datasets:
         found = [plan.split_of(dataset, case) for case in dataset.cases if case.label]
         counts = ", ".join(f"{found.count(split)} {split}" for split in SPLITS)
@@ -82,8 +90,8 @@ def _plan(options: argparse.Namespace) -> int:
     for case, reason in plan.left_out.items():
         print(f"  left out  {case}: {reason}")
     print("\n".join([*_finding_lines(findings), f"{len(plan.structures)} structures: {', '.join(plan.structures)}"]))
-    print(f"plan: {options.output}")
-    return int(bool(plan.left_out))
+    print(f"plan: {path}", flush=True)
+    return plan
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -105,9 +113,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _find(options: argparse.Namespace) -> list[DataSet]:
+    from .names import read_label_table
     from .training.datasets import find_datasets
     from .training.layouts import Hints
-    from .training.names import read_label_table
 
     names = read_label_table(options.labels) if options.labels else {}
     hints = Hints(names, options.modality, options.expert)

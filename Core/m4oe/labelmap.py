@@ -6,8 +6,6 @@ writes it; for the rest somebody has to say it.
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -22,13 +20,13 @@ from numpy.typing import NDArray
 
 from .files import read_volume
 from .geometry import Grid, Volume
-from .labels import catalogue, structure
+from .labels import catalogue
+from .names import BACKGROUND, key_of, named_rows
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 _HIGHEST = 65535  # label value
 _WHOLE = 1e-3  # how far a label value stored as a float may lie from a whole number
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
-_SPELLINGS = {"tumour": "tumor", "oesophagus": "esophagus"}
 
 
 class _Segment(NamedTuple):
@@ -82,28 +80,6 @@ def label_keys(path: Path, meanings: Mapping[int, str] | None = None) -> dict[in
     return _keys(path, _segments(path), meanings)
 
 
-def read_meanings(path: Path) -> dict[int, str]:
-    """Reads which structures label values are.
-
-    Args:
-        path: JSON, {"1": "liver"} or {"liver": 1}, maybe inside of "labels" as in a dataset.json; or a colour table
-            (.csv) with the columns LabelValue and Name.
-
-    Raises:
-        ValueError: It cannot be read, or names what is no structure.
-    """
-    try:
-        names = _color_table(path) if path.suffix.lower() == ".csv" else _json_table(path)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"Cannot read {path}: {error}.") from error
-    if not names:
-        raise ValueError(f'{path} names no label, expected JSON such as {{"1": "liver"}} or a colour table (.csv).')
-    try:
-        return {value: find_structure(name) or structure(name).key for value, name in names.items()}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def uncropped(volume: Volume, other: Volume) -> Volume:
     """A map on the smallest grid that also holds the other one's voxels, with background around it.
 
@@ -140,7 +116,8 @@ def find_structure(name: str, terminology: str = "") -> str | None:
         name: Key or name, such as "kidney_left" or "Left kidney".
         terminology: Slicer's terminology entry of a segment.
     """
-    return _keys_by_words().get(_words(name)) or _keys_by_codes().get(_codes(terminology))
+    key = key_of(name)
+    return key if key and key != BACKGROUND else _keys_by_codes().get(_codes(terminology))
 
 
 def label_values(array: NDArray[Any]) -> list[int]:
@@ -209,34 +186,15 @@ def _is_layered(segments: Iterable[_Segment]) -> bool:
 
 def _color_table(path: Path) -> dict[int, str] | None:
     """Names by label value; None where the file is a table of another kind."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"LabelValue", "Name"} <= set(rows.fieldnames or ()):
-            return None
-        return {int(row["LabelValue"]): row["Name"] for row in rows if row["LabelValue"] != "0"}
-
-
-def _json_table(path: Path) -> dict[int, str]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    pairs = [(str(left), str(right)) for left, right in content.get("labels", content).items()]
-    named = {int(left): right for left, right in pairs if left.isdecimal()} or {
-        int(right): left for left, right in pairs
-    }
-    return {value: name for value, name in named.items() if value}
-
-
-@cache
-def _keys_by_words() -> dict[tuple[str, ...], str]:
-    return {_words(name): entry.key for entry in catalogue().values() for name in (entry.key, entry.name)}
+    text = path.read_text(encoding="utf-8-sig")
+    if not {"LabelValue", "Name"} <= {*text.partition("\n")[0].split(",")}:
+        return None
+    return {value: name for value, name in named_rows(text).items() if value}
 
 
 @cache
 def _keys_by_codes() -> dict[tuple[str, ...], str]:
     return {_codes(entry.terminology): entry.key for entry in catalogue().values() if entry.terminology}
-
-
-def _words(name: str) -> tuple[str, ...]:
-    return tuple(sorted(_SPELLINGS.get(word, word) for word in re.findall(r"[a-z0-9]+", name.casefold())))
 
 
 def _codes(terminology: str) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
 from m4oe.labels import catalogue
+from m4oe.names import key_of, keys_of, named_values, read_label_table
 from m4oe.training.cases import CaseFiles, DataSet, read_labels
 from m4oe.training.datasets import _facts, find_datasets, overlaps
 from m4oe.training.layouts import Hints
-from m4oe.training.names import key_of, keys_of, named_values, read_label_table
 
 Saved = Callable[..., Path]
 

@@ -258,7 +258,7 @@ def test_maps_on_different_grids_are_named_with_both_grids(
         (["--tolerance", "much"], "--tolerance much is not understood, expected a number of mm such as 3 or liver=5"),
         (["--tolerance", "liver=-1"], "--tolerance liver=-1 is not understood"),
         (["--tolerance", "livre=1"], "There is no structure 'livre'"),
-        (["--labels", "none.json"], "Cannot read none.json"),
+        (["--labels", "none.json"], "none.json cannot be read"),
         (["--compare", "nowhere"], "There is no file or folder nowhere."),
     ],
 )

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from m4oe.files import read_volume
 from m4oe.labels import catalogue
+from m4oe.names import keys_of, named_values
 from m4oe.training.cases import CaseFiles, DataSet, load_case
 from m4oe.training.datasets import find_datasets
 from m4oe.training.exchange import FORMATS, _nnunet_values, _Part, export
-from m4oe.training.names import keys_of, named_values
 
 Saved = Callable[..., Path]
 KEYS = ("liver_tumor", "spleen", "liver")

@@ -17,10 +17,10 @@ from m4oe.labelmap import (
     label_keys,
     label_values,
     read_label_map,
-    read_meanings,
     uncropped,
 )
 from m4oe.labels import catalogue
+from m4oe.names import read_meanings
 
 KEYS = {1: "liver", 2: "kidney_left", 7: "liver_tumor"}
 GRID = Grid((4, 5, 6), np.diag([-0.8, -0.9, 3.0, 1.0]))
@@ -153,6 +153,12 @@ def test_meanings_are_read_from_json_of_either_direction(tmp_path: Path, content
     assert read_meanings(tmp_path / "dataset.json") == {1: "liver", 2: "kidney_left"}
 
 
+def test_meanings_are_read_from_a_text() -> None:
+    assert read_meanings("1=liver, 2=Left kidney") == {1: "liver", 2: "kidney_left"}
+    with pytest.raises(ValueError, match="the labels 1=liver,spleen are not understood, expected a file or such as"):
+        read_meanings("1=liver,spleen")
+
+
 def test_meanings_are_read_from_a_colour_table(tmp_path: Path) -> None:
     write_segmentation(tmp_path / "CT.nii.gz", a_map(), KEYS, "test")
     assert read_meanings(tmp_path / "CT.csv") == KEYS
@@ -161,13 +167,13 @@ def test_meanings_are_read_from_a_colour_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"1": "livre"}', r"a\.json: There is no structure 'livre', expected a key such as liver"),
-        ("a.json", "{", r"Cannot read .*a\.json"),
-        ("a.json", "[1]", r"Cannot read .*a\.json"),
-        ("a.json", '{"liver": [1, 2]}', r"Cannot read .*a\.json"),
-        ("a.json", "{}", r"a\.json names no label, expected JSON"),
-        ("a.csv", "a,b\n1,liver\n", r"a\.csv names no label, expected JSON"),
-        ("a.csv", "LabelValue,Name\none,liver\n", r"Cannot read .*a\.csv"),
+        ("a.json", '{"1": "livre"}', r"a\.json names what is no structure: 1 \(livre\); see structures"),
+        ("a.json", "{", r"a\.json is not a table of label values"),
+        ("a.json", "[1]", r"a\.json is not a table of label values"),
+        ("a.json", '{"liver": "one"}', r"a\.json is not a table of label values"),
+        ("a.json", "{}", r"a\.json holds no label value; expected rows such as 1,liver"),
+        ("a.csv", "a,b\n1,liver\n", r"a\.csv is not a table of label values"),
+        ("a.csv", "LabelValue,Name\none,liver\n", r"a\.csv is not a table of label values"),
     ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:

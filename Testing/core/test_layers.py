@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
-    ("__init__", "labels", "spec"),
+    ("__init__", "labels", "names", "spec"),
     ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),

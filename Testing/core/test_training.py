@@ -69,10 +69,10 @@ def test_a_finished_run_goes_through_at_once(run: Path) -> None:
 
 def test_a_run_needs_a_plan_or_phantoms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "-o", str(tmp_path)]) == 2
-    assert "expected a plan of m4oe data plan, or --phantoms" in capsys.readouterr().err
+    assert "expected a plan of m4oe data plan, folders with data sets, or --phantoms" in capsys.readouterr().err
 
 
-def test_a_plan_trains_a_model_that_segments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_data_set_trains_a_model_that_segments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Phantoms as files of a data set of one's own: scanned, planned, trained, scored and used."""
     for seed in range(6):
         phantom = make_phantom(seed, ("ct", "mr_t2")[seed % 2])
@@ -88,8 +88,10 @@ def test_a_plan_trains_a_model_that_segments(tmp_path: Path, capsys: pytest.Capt
     ]
     (tmp_path / "set" / "cases.csv").write_text("\n".join(["case,modality,expert,split", *cases]), encoding="utf-8")
     plan, run = tmp_path / "plan.json", tmp_path / "run"
+    command = ["train", str(tmp_path / "set"), "--quick", "--length", "0.02", "--pretrain", "2", "-o", str(run)]
     assert main(["data", "plan", str(tmp_path / "set"), "-o", str(plan)]) == 0
-    assert main(["train", str(plan), "--quick", "--length", "0.02", "--pretrain", "2", "-o", str(run)]) == 0
+    assert main(command) == 0
+    assert (run / "plan.json").read_text(encoding="utf-8") == plan.read_text(encoding="utf-8")
     spec = read_spec(run / "model.safetensors")
     assert spec.expert_names == ("ct", "mr_t2") and set(spec.scores) == {"mr_t2"}
     result = ["segment", str(tmp_path / "set" / "ct4.nii.gz"), "--model", str(run / "model.safetensors")]

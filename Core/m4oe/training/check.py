@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ..files import read_header, read_volume
 from ..geometry import Grid, Volume
 from ..labels import catalogue, structure
+from ..names import BACKGROUND
 from .cases import CaseFiles, Finding, on_grid, read_labels, whole_planes
-from .names import BACKGROUND
 
 _SIDE = 5.0  # mm by which a centre must lie on the wrong side
 _HIGHEST = 65535

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..labels import catalogue
+from ..names import keys_of, read_label_table
 from .cases import CaseFiles, DataSet, Finding, mask_files
 from .layouts import (
     IMAGE_SUFFIXES,
@@ -25,7 +26,6 @@ from .layouts import (
     read_pairs,
     without_label,
 )
-from .names import keys_of, read_label_table
 
 _SPLITS = {"Tr": None, "Va": "val", "Val": "val", "Ts": "test"}
 _NO_HINTS = Hints()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..names import BACKGROUND, keys_of, named_values, read_label_table
 from .cases import CaseFiles, DataSet, Finding
-from .names import BACKGROUND, keys_of, named_values, read_label_table
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _TABLES = ("labels.csv", "labels.tsv", "labels.json")

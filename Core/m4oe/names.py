@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..labels import catalogue
+from .labels import catalogue
 
 BACKGROUND = "background"
 _ABBREVIATIONS = {
@@ -74,6 +74,7 @@ def named_values(labels: Mapping[str, Any]) -> dict[int, str]:
             values, name = [int(left)], right
         else:
             values, name = right if isinstance(right, list) else [right], left
+            values = [int(value) if str(value).isdecimal() else value for value in values]
         if not values or not all(isinstance(value, int) for value in values):
             raise ValueError(f'the label {left!r}: {right!r} is not understood, expected such as {{"1": "liver"}}')
         for value in values:
@@ -82,18 +83,45 @@ def named_values(labels: Mapping[str, Any]) -> dict[int, str]:
     return {value: name for value, (_, name) in sorted(names.items())}
 
 
-def read_label_table(path: Path) -> dict[int, str]:
-    """Names by label value, from JSON or a CSV or TSV table.
+def named_rows(text: str) -> dict[int, str]:
+    """Names by label value from a table, see `read_label_table`; one without rows has none."""
+    lines = text.splitlines()
+    rows = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ";" if ";" in lines[0] else ",")
+    header = [column.strip().lower() for column in next(rows)]
+    value, name = (
+        header.index(min({*names} & {*header}, key=names.index)) for names in (_VALUE_COLUMNS, _NAME_COLUMNS)
+    )
+    return {int(row[value]): row[name].strip() for row in rows if row}
+
+
+def read_meanings(source: Path | str) -> dict[int, str]:
+    """Keys by label value, from what `read_label_table` reads.
+
+    Raises:
+        ValueError: It cannot be read, or a name is no structure.
+    """
+    keys, unknown = keys_of(read_label_table(source))
+    if unknown:
+        named = ", ".join(f"{value} ({name})" for value, name in unknown.items())
+        raise ValueError(f"{source} names what is no structure: {named}; see structures.csv for the keys")
+    return {value: key for value, key in keys.items() if key != BACKGROUND}
+
+
+def read_label_table(source: Path | str) -> dict[int, str]:
+    """Names by label value, from JSON, a CSV or TSV table, or a text such as "1=liver,2=spleen".
 
     JSON is {"1": "liver"}, {"liver": 1} or a dataset.json. A table has a header with a column LabelValue, label,
     index, id or value, and a column key, structure or name: Slicer's colour tables and those of BIDS do.
 
     Raises:
-        ValueError: The file is missing or holds no such table.
+        ValueError: The file is missing or holds no such table, or the text is another one.
     """
+    path = Path(source)
+    if "=" in str(source) and not path.exists():
+        return _from_text(str(source))
     try:
         text = path.read_text(encoding="utf-8-sig")
-        names = _from_json(text) if path.suffix.lower() == ".json" else _from_table(text)
+        names = _from_json(text) if path.suffix.lower() == ".json" else named_rows(text)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); expected a table of label values") from error
     except (ValueError, AttributeError, LookupError) as error:
@@ -103,19 +131,16 @@ def read_label_table(path: Path) -> dict[int, str]:
     return names
 
 
+def _from_text(text: str) -> dict[int, str]:
+    pairs = [item.partition("=")[::2] for item in text.split(",")]
+    if not all(value.strip().isdecimal() and name.strip() for value, name in pairs):
+        raise ValueError(f"the labels {text} are not understood, expected a file or such as 1=liver,2=spleen")
+    return {int(value): name.strip() for value, name in pairs}
+
+
 def _from_json(text: str) -> dict[int, str]:
     values = json.loads(text)
     return named_values(values.get("labels", values))
-
-
-def _from_table(text: str) -> dict[int, str]:
-    lines = text.splitlines()
-    rows = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ";" if ";" in lines[0] else ",")
-    header = [column.strip().lower() for column in next(rows)]
-    value, name = (
-        header.index(min({*names} & {*header}, key=names.index)) for names in (_VALUE_COLUMNS, _NAME_COLUMNS)
-    )
-    return {int(row[value]): row[name].strip() for row in rows if row}
 
 
 @cache
