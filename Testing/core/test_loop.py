@@ -18,12 +18,14 @@ import torch
 from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import load_model
+from m4oe.predictor import Predictor
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.training import loop as module
+from m4oe.training.augment import Augmenter
 from m4oe.training.cache import CaseSource
 from m4oe.training.checkpoint import load_checkpoint
 from m4oe.training.config import Stage, TrainConfig
-from m4oe.training.data import make_case
+from m4oe.training.data import Sampler, make_case
 from m4oe.training.loop import TrainingData, train
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,6 +53,10 @@ SPEC = ModelSpec(
     pixel_mm=2.0,
     slice_mm=2.0,
 )
+
+
+def of(network: NetworkSpec) -> ModelSpec:
+    return replace(SPEC, network=replace(network, drop_path=0.0))
 
 
 def a_pair(expert: int, seed: int) -> tuple[Volume, Volume]:
@@ -228,6 +234,76 @@ def test_experts_start_as_copies_and_part_by_modality(tmp_path: Path) -> None:
     first, second = (torch.cat([p.flatten() for p in network.expert_parameters(index)]) for index in (0, 1))
     assert not torch.equal(first, second)
     torch.testing.assert_close(first, second, atol=0.1, rtol=0)
+
+
+def test_in_joint_training_the_gate_weighs_the_experts_ever_more_sparsely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    whole = MoESwinUNet.forward_gated
+
+    def watched(network: MoESwinUNet, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        asked.append(temperature)
+        return whole(network, images, temperature)
+
+    monkeypatch.setattr(MoESwinUNet, "forward_gated", watched)
+    run(tmp_path / "sparse", replace(CONFIG, stages=(Stage("joint", 4, 1e-3),)))
+    assert asked == pytest.approx([1, 0.1**0.25, 0.1**0.5, 0.1**0.75])
+    asked.clear()
+    run(tmp_path / "soft", replace(CONFIG, network=replace(NETWORK, top_k=0), stages=(Stage("joint", 2, 1e-3),)))
+    assert asked == [1, 1]
+
+
+def test_in_joint_training_the_segmentation_teaches_the_gate_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "gate_loss", lambda logits, *rest: 0 * logits.sum())
+    run(tmp_path, replace(CONFIG, stages=(Stage("joint", 2, 1e-2),)))
+    learned, _ = load_model(tmp_path / "model.safetensors")
+    torch.manual_seed(CONFIG.seed)
+    fresh = MoESwinUNet(NETWORK, 3)
+    assert learned.router and fresh.router
+    assert not torch.allclose(learned.router.score.weight, fresh.router.score.weight, atol=1e-3)
+
+
+def test_half_of_the_images_tell_the_gate_their_modality() -> None:
+    sampler = Sampler(some_data().cases, 64, 16, 3, 0)
+    batch = Augmenter(SPEC, 16)(sampler.crops_at(0))
+    assert 0.3 < float(batch.told_B.float().mean()) < 0.7
+
+
+@pytest.mark.parametrize("gate", ["image", "token", "channel"])
+def test_a_mixture_can_be_trained_from_the_start(tmp_path: Path, gate: str) -> None:
+    network = replace(NETWORK, gate=gate)
+    config = replace(CONFIG, network=network, stages=(Stage("experts", 2, 1e-3), Stage("joint", 2, 1e-3)))
+    with pytest.raises(Stopped):
+        train(config, replace(some_data(), spec=of(network)), tmp_path / "stopped", stop_at("joint", 2), device="cpu")
+    for folder in ("stopped", "whole"):
+        run(tmp_path / folder, config, replace(some_data(), spec=of(network)))
+    assert_same_model(tmp_path / "stopped", tmp_path / "whole")
+    image, _ = a_pair(0, 5)
+    labels, report = Predictor(tmp_path / "whole" / "model.safetensors", "cpu")(image)
+    assert labels.array.shape == image.array.shape
+    assert report.chosen_by == ("modality" if gate == "image" else "model")
+
+
+def test_a_token_gate_starts_from_a_dense_network(tmp_path: Path) -> None:
+    network = replace(NETWORK, gate="token")
+    config = replace(CONFIG, network=network, stages=(Stage("dense", 2, 1e-3), Stage("joint", 2, 1e-3)))
+    run(tmp_path, config, replace(some_data(), spec=of(network)))
+    assert load_model(tmp_path / "model.safetensors")[0].spec.gate == "token"
+
+
+@pytest.mark.parametrize(
+    ("gate", "stages", "message"),
+    [
+        ("token", ("experts", "gate"), "a token gate is trained with the experts; leave out the stage gate"),
+        ("channel", ("dense", "joint"), "a channel gate cannot start from a dense network; begin with"),
+    ],
+)
+def test_stages_that_do_not_fit_the_gate_are_refused(gate: str, stages: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, network=replace(NETWORK, gate=gate), stages=tuple(Stage(name, 1, 1e-3) for name in stages))
 
 
 def test_the_rate_rises_to_one_and_falls_to_zero() -> None:

@@ -199,4 +199,11 @@ def test_the_gate_learns_the_expert_of_each_image() -> None:
     logits, experts = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 2])
     rows = [math.exp(2) / (math.exp(2) + 1 + math.exp(-1)), 1 / (2 + math.e)]
     expected = -sum(math.log(row) for row in rows) / 2
-    assert float(gate_loss(logits, experts)) == pytest.approx(expected)
+    assert float(gate_loss(logits, experts, torch.ones(2, 3, dtype=torch.bool))) == pytest.approx(expected)
+
+
+def test_a_gate_that_is_told_the_modality_chooses_among_its_experts() -> None:
+    logits, experts = torch.tensor([[2.0, 5.0, -1.0], [0.0, 7.0, 9.0]]), torch.tensor([0, 1])
+    possible = torch.tensor([[True, False, True], [False, True, False]])
+    expected = (math.log(1 + math.exp(-3)) + 0) / 2
+    assert float(gate_loss(logits, experts, possible)) == pytest.approx(expected)

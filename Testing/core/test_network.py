@@ -395,6 +395,20 @@ def test_a_network_without_an_image_gate_has_no_logits(spec: NetworkSpec) -> Non
         a_network(spec).gate_logits(an_image())
 
 
+def test_a_cold_gate_uses_the_expert_that_prediction_uses() -> None:
+    network, x = a_network(replace(IMAGE, top_k=1)), an_image(3)
+    scores, logits = network.forward_gated(x, 1e-4)
+    torch.testing.assert_close(scores, network(x))
+    torch.testing.assert_close(logits, network.gate_logits(x))
+
+
+def test_a_warm_gate_mixes_all_experts_that_weigh_something() -> None:
+    network, x = a_network(IMAGE), an_image(3)
+    weights = network.gate_logits(x).softmax(-1)
+    assert float(weights.min()) > 0.01
+    torch.testing.assert_close(network.forward_gated(x, 1.0)[0], network(x, weights))
+
+
 def test_each_image_gets_the_weighted_sum_of_its_experts() -> None:
     ffn, x = lively(MoEFeedForward(4, 8, 3)), torch.randn(2, 3, 2, 4)
     weights = torch.tensor([[0.2, 0.0, 0.8], [0.5, 0.3, 0.2]])

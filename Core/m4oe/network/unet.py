@@ -19,6 +19,7 @@ from .moe import ChannelGateFeedForward, MoEFeedForward, Router, Routing, TokenM
 from .swin import PatchExpand, PatchMerging, SwinBlock, unfold_pixels
 
 _ROWS = 14  # of tokens at a time through the last layers
+_NEGLIGIBLE = 0.01  # weight of an expert in training
 AIR = 0.05  # intensity, in [0, 1], up to which a patch shows nothing
 
 
@@ -74,9 +75,37 @@ class MoESwinUNet(nn.Module):
         Returns:
             Scores [B, H, W, K] before softmax.
         """
-        height, width = x_BSHW.shape[-2:]
         first_BHWC = self._first_stage(self._embed(x_BSHW))
-        skips, routing = [first_BHWC], self._routing(x_BSHW, first_BHWC, weights_BE)
+        return self._segment(x_BSHW, first_BHWC, self._routing(x_BSHW, first_BHWC, weights_BE))
+
+    def forward_gated(self, x_BSHW: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Scores as experts weighed by the gate itself give them, for training from a soft mixture to a sparse one.
+
+        Source: Nie et al., "EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To-Sparse Gate",
+        2021.
+
+        Args:
+            x_BSHW: As of `forward`.
+            temperature: The gate's logits are divided by it before softmax; weights below 0.01 become 0, so that the
+                fewer experts are at work the lower it is.
+
+        Returns:
+            Scores [B, H, W, K], and the gate's logits [B, E].
+
+        Raises:
+            RuntimeError: The network has no image gate.
+        """
+        first_BHWC = self._first_stage(self._embed(x_BSHW))
+        logits_BE = self._gate(x_BSHW, first_BHWC)
+        weights_BE = (logits_BE / temperature).softmax(-1)
+        weights_BE = weights_BE.masked_fill(weights_BE < _NEGLIGIBLE, 0)
+        routing = Routing.of(weights_BE / weights_BE.sum(-1, keepdim=True))
+        return self._segment(x_BSHW, first_BHWC, routing), logits_BE
+
+    def _segment(self, x_BSHW: Tensor, first_BHWC: Tensor, routing: Routing | None) -> Tensor:
+        """Scores [B, H, W, K] from the first stage on."""
+        height, width = x_BSHW.shape[-2:]
+        skips = [first_BHWC]
         for merge, stage in zip(self.merge, list(self.encoder)[1:], strict=True):
             skips.append(stage(merge(skips[-1]), routing))
         x_BHWC = self.bottleneck_norm(skips.pop())
@@ -97,9 +126,12 @@ class MoESwinUNet(nn.Module):
         Raises:
             RuntimeError: The network has no image gate.
         """
+        return self._gate(x_BSHW, self._first_stage(self._embed(x_BSHW)))
+
+    def _gate(self, x_BSHW: Tensor, first_BHWC: Tensor) -> Tensor:
         if self.router is None:
             raise RuntimeError("this network has no image gate: it is dense, or gated per token or channel")
-        return self.router(self._first_stage(self._embed(x_BSHW)), self._seen(x_BSHW))
+        return self.router(first_BHWC, self._seen(x_BSHW))
 
     def select_experts(self, weights: tuple[float, ...]) -> MoESwinUNet:
         """The network with fixed expert weights, without experts of weight zero; its tensors are shared.
@@ -173,9 +205,7 @@ class MoESwinUNet(nn.Module):
         if weights_BE is None and self.fixed_weights is not None:
             weights_BE = first_BHWC.new_tensor(self.fixed_weights).expand(len(first_BHWC), -1)
         if weights_BE is None:
-            assert self.router is not None  # an image-gated network without fixed weights has one
-            logits_BE = self.router(first_BHWC, self._seen(x_BSHW))
-            weights_BE = keep_top_k(logits_BE.softmax(-1), self.spec.top_k)
+            weights_BE = keep_top_k(self._gate(x_BSHW, first_BHWC).softmax(-1), self.spec.top_k)
         return Routing.of(weights_BE)
 
 

@@ -17,8 +17,9 @@ class Stage:
     Attributes:
         name: "pretrain" fills in hidden parts of images, which needs no labels; "dense" trains one network for all
             modalities, of which every expert starts as a copy; "experts" routes every image to its modality's expert;
-            "gate" trains the gate alone to tell modalities apart; "joint" trains all together, so that the shared
-            first stage serves the gate as well; a last "gate" fits the gate to what that has left.
+            "gate" trains the gate alone to tell modalities apart; "joint" trains all together, the experts weighed by
+            the gate itself, at first softly and at the end nearly as sparsely as prediction does; a last "gate" fits
+            the gate to what that has left. Without "pretrain" and "dense" the experts start at random.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.
         balance: How much more rare classes weigh in the cross-entropy, see `segmentation_loss`: 0.5 to learn fast,
@@ -80,6 +81,10 @@ class TrainConfig:
         order = [min(STAGES.index(name), 2) for name in names]
         if not names or order != sorted(order):
             raise ValueError(f"stages {names} are out of order; pretrain comes first, dense before the experts")
+        if self.network.gate != "image" and "gate" in names:
+            raise ValueError(f"a {self.network.gate} gate is trained with the experts; leave out the stage gate")
+        if self.network.gate == "channel" and order[0] < 2:
+            raise ValueError("a channel gate cannot start from a dense network; begin with the stage experts or joint")
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

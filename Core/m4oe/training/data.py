@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import numpy as np
@@ -70,19 +70,28 @@ class Crops:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images in [0, 1], labels (int64), the classes known in each image, its modality's expert and its case's name."""
+    """Images as the network sees them.
+
+    Attributes:
+        images_BSHW: Intensities in [0, 1].
+        labels_BHW: Labels of the middle slices, int64.
+        annotated_BK: Which classes are known in each image.
+        experts_B: The expert of each image's modality.
+        told_B: Whether the gate is told the modality, as by a header.
+        names: The cases they are from.
+    """
 
     images_BSHW: Tensor
     labels_BHW: Tensor
     annotated_BK: Tensor
     experts_B: Tensor
+    told_B: Tensor
     names: tuple[str, ...] = ()
 
     def every(self, first: int, step: int) -> Batch:
         """Every `step`-th image from `first` on, so that each part holds all modalities."""
         part = slice(first, None, step)
-        images, labels = self.images_BSHW[part], self.labels_BHW[part]
-        return Batch(images, labels, self.annotated_BK[part], self.experts_B[part], self.names[part])
+        return Batch(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 def make_case(

@@ -48,6 +48,7 @@ _AVERAGED = 0.02  # of a stage's steps: the span of the moving average of the we
 _HIDDEN, _HIDDEN_PIXELS = 0.6, 16  # share of an image that pretraining hides, in squares of this side
 _HEAD = "head."  # whose weights depend on the classes
 _UNSEEN = -1.0  # what a hidden pixel shows; no intensity is below 0
+_COLDEST = 0.1  # temperature of the gate at the end of joint training, from 1: nearly the one expert of prediction
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
@@ -155,7 +156,9 @@ def _opened(
 ) -> _Run:
     torch.manual_seed(config.seed)
     classes = len(data.spec.structures) + 1
-    network = start or MoESwinUNet(replace(config.network, experts=1, top_k=0), classes)
+    upcycled = config.stages[0].name in ("pretrain", "dense")
+    first = replace(config.network, experts=1, gate="image", top_k=0) if upcycled else config.network
+    network = start or MoESwinUNet(first, classes)
     run = _Run(config, data, folder, emit, ranks, device, network.to(device))
     path = folder / "checkpoint.safetensors"
     if path.exists():
@@ -324,26 +327,37 @@ def _augmenter(run: _Run, stage: Stage) -> Augmenter:
 
 
 def _loss_maker(run: _Run, stage: Stage) -> Callable[[MoESwinUNet, Batch], dict[str, Tensor]]:
-    experts, add_up = run.config.network.experts, run.ranks.add_up
+    experts, top_k, add_up = run.config.network.experts, run.config.network.top_k, run.ranks.add_up
     wholes_KD = wholes(run.data.spec.structures).to(run.device)
+    modalities = [expert.modality for expert in run.data.spec.experts]
+    alike_EE = torch.tensor([[one == other for other in modalities] for one in modalities], device=run.device)
 
     def reconstruct(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
         hidden_BHW = _hidden(batch.images_BSHW)
         seen_BSHW = batch.images_BSHW.masked_fill(hidden_BHW[:, None], _UNSEEN)
         return {"reconstruction": reconstruction_loss(network(seen_BSHW), batch.images_BSHW, hidden_BHW, add_up)}
 
-    def gate(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        return {"gate": gate_loss(network.gate_logits(batch.images_BSHW), batch.experts_B, add_up)}
+    def gating(logits_BE: Tensor, batch: Batch) -> dict[str, Tensor]:
+        possible_BE = alike_EE[batch.experts_B] | ~batch.told_B[:, None]
+        return {"gate": gate_loss(logits_BE, batch.experts_B, possible_BE, add_up)}
 
-    def segment(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        # Hard routing, as prediction keeps one expert: soft weights would let the experts lean on each other.
-        weights_BE = torch.nn.functional.one_hot(batch.experts_B, experts).float()
-        scores_BHWK = network(batch.images_BSHW, weights_BE)
+    def segmentation(scores_BHWK: Tensor, batch: Batch) -> dict[str, Tensor]:
         loss = segmentation_loss(scores_BHWK, batch.labels_BHW, batch.annotated_BK, wholes_KD, stage.balance, add_up)
         return {"segmentation": loss}
 
+    def gate(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
+        return gating(network.gate_logits(batch.images_BSHW), batch)
+
+    def segment(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
+        weights_BE = torch.nn.functional.one_hot(batch.experts_B, experts).float()
+        return segmentation(network(batch.images_BSHW, weights_BE), batch)
+
     def both(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        return segment(network, batch) | (gate(network, batch) if network.router else {})
+        if network.router is None:
+            return segment(network, batch)
+        temperature = _COLDEST ** (run.progress.step / stage.steps) if top_k else 1.0
+        scores_BHWK, logits_BE = network.forward_gated(batch.images_BSHW, temperature)
+        return segmentation(scores_BHWK, batch) | gating(logits_BE, batch)
 
     return {"pretrain": reconstruct, "dense": segment, "experts": segment, "gate": gate, "joint": both}[stage.name]
 

@@ -92,8 +92,19 @@ def segmentation_loss(
     return cross_entropy + ((1 - dice_K) * share_K).sum()
 
 
-def gate_loss(logits_BE: Tensor, experts_B: Tensor, add_up: Sum = lambda tensor: tensor) -> Tensor:
-    """Mean cross-entropy of the gate against each image's own expert."""
+def gate_loss(logits_BE: Tensor, experts_B: Tensor, possible_BE: Tensor, add_up: Sum = lambda tensor: tensor) -> Tensor:
+    """Mean cross-entropy of the gate against each image's own expert.
+
+    No loss balances the experts: the batches hold as many images of each already, and pushing images to another
+    expert than their modality's would be wrong.
+
+    Args:
+        logits_BE: Of the gate.
+        experts_B: The expert of each image's modality.
+        possible_BE: The experts among which the gate has to choose, as by a header that tells the modality.
+        add_up: Adds up a tensor over the parts of the batch that other processes hold.
+    """
+    logits_BE = logits_BE.masked_fill(~possible_BE, float("-inf"))
     total = F.cross_entropy(logits_BE, experts_B, reduction="sum")
     total, count = add_up(torch.stack([total, total.new_tensor(len(experts_B))])).unbind()
     return total / count
