@@ -13,10 +13,10 @@ import pytest
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
     ("__init__", "labels", "names", "spec"),
-    ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes"),
+    ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
-    ("raster", "preview", "data_commands", "__main__"),
+    ("raster", "preview", "terminal", "data_commands", "train_report", "train_command", "__main__"),
 )
 HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")
 ALLOWED = {0: (), 1: ("numpy", "SimpleITK", "nrrd"), 2: tuple(set(HEAVY) - {"vtk", "slicer"})}

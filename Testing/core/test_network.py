@@ -187,7 +187,7 @@ def test_drop_path_drops_whole_images_in_training_only_and_keeps_the_mean() -> N
 
 
 def test_one_expert_more_leaves_the_others_as_they_were_bit_for_bit() -> None:
-    network, images = a_network(IMAGE), an_image(2)
+    network, images = a_network(replace(IMAGE, top_k=1)), an_image(2)
     extended = append_expert(network, like=1, classes=6).eval().requires_grad_(False)
     for index in range(IMAGE.experts):
         weights = tuple(float(other == index) for other in range(IMAGE.experts))
@@ -204,9 +204,18 @@ def test_classes_can_be_left_out() -> None:
     assert_close(network.with_classes([0, 2])(images), network(images)[..., [0, 2]])
 
 
-def test_a_dense_network_takes_no_further_expert() -> None:
-    with pytest.raises(ValueError, match="mixture with an image gate"):
-        append_expert(a_network(SMALL), 0, 4)
+def test_a_dense_network_becomes_a_mixture_that_computes_the_same() -> None:
+    network, images = a_network(SMALL), an_image(2)
+    extended = append_expert(network, 0, 4, handicap=5.0).eval().requires_grad_(False)
+    for chosen in ((1.0, 0.0), (0.0, 1.0)):
+        assert torch.equal(extended.select_experts(chosen)(images), network(images))
+    assert extended.gate_logits(images).tolist() == [[0, -5]] * 2
+
+
+@pytest.mark.parametrize("spec", [CHANNEL, TOKEN, IMAGE])
+def test_a_network_without_a_gate_that_chooses_takes_no_expert(spec: NetworkSpec) -> None:
+    with pytest.raises(ValueError, match="where an image gate keeps one expert"):
+        append_expert(a_network(spec), 0, 4)
 
 
 # --- the encoder against timm

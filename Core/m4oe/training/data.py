@@ -93,6 +93,17 @@ class Batch:
         part = slice(first, None, step)
         return Batch(*(getattr(self, field.name)[part] for field in fields(self)))
 
+    def of_expert(self, expert: int) -> Batch:
+        """The images of one expert's modality, without their names."""
+        part = (self.experts_B == expert).nonzero()[:, 0]
+        return Batch(
+            self.images_BSHW[part],
+            self.labels_BHW[part],
+            self.annotated_BK[part],
+            self.experts_B[part],
+            self.told_B[part],
+        )
+
 
 def make_case(
     image: Volume, labels: Volume | None, annotated: Sequence[str], spec: ModelSpec, expert: int, weight: float = 1.0

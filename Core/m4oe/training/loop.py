@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ _HIDDEN, _HIDDEN_PIXELS = 0.6, 16  # share of an image that pretraining hides, i
 _HEAD = "head."  # whose weights depend on the classes
 _UNSEEN = -1.0  # what a hidden pixel shows; no intensity is below 0
 _COLDEST = 0.1  # temperature of the gate at the end of joint training, from 1: nearly the one expert of prediction
+_GATE_PACE = 20.0  # how much faster a single row of the gate learns than an expert
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
@@ -101,7 +103,7 @@ def train(
         on_event: Called with every event, the same that go to events.jsonl.
         ranks: This process among those that share the batches.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        start: Dense network whose weights training starts from.
+        start: Network whose weights training starts from: dense, or for the stage "add" with the new expert.
 
     Returns:
         The model file.
@@ -184,10 +186,9 @@ def _run_stage(run: _Run, number: int) -> None:
         run.network = _as_mixture(run.network, config).to(run.device)
     progress.experts = run.network.spec.experts
     learner = _learner(run, stage)
-    parameters = _trained_parameters(learner, stage)
-    optimiser = torch.optim.AdamW(
-        parameters, stage.learning_rate, (0.9, 0.95), weight_decay=config.weight_decay, fused=True
-    )
+    trained = _added_groups(run, learner) if stage.name == "add" else _trained_parameters(learner, stage)
+    decay = config.weight_decay
+    optimiser = torch.optim.AdamW(trained, stage.learning_rate, (0.9, 0.95), weight_decay=decay, fused=True)
     average = AveragedModel(
         learner, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1.0, _AVERAGED * stage.steps)), use_buffers=False
     )
@@ -196,7 +197,7 @@ def _run_stage(run: _Run, number: int) -> None:
         learner.load_state_dict(part_of(run.loaded, "learner."))
         average.load_state_dict(part_of(run.loaded, "average."))
     run.loaded = {}
-    _steps(run, number, learner, average, optimiser, parameters)
+    _steps(run, number, learner, average, optimiser)
     _finish_stage(run, learner, average)
 
 
@@ -206,20 +207,20 @@ def _steps(
     learner: MoESwinUNet,
     average: AveragedModel,
     optimiser: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
 ) -> None:
     """Takes the steps of a stage that are left, until validation has nothing more to gain."""
     stage, config, progress = run.config.stages[number], run.config, run.progress
-    before = sum(stage.steps for stage in config.stages[:number])
+    before = config.steps_before(number)
     sampler, augment, loss_of = _sampler(run, stage), _augmenter(run, stage), _loss_maker(run, stage)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     bfloat16 = bfloat16_is_faster(run.device)
-    start, recent = time.perf_counter(), _Recent(stage)
+    start, recent = time.perf_counter(), _Recent(run.config, number)
     learner.train()
     for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
         batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
-            group["lr"] = stage.learning_rate * _rate(progress.step, stage.steps)
+            group["lr"] = stage.learning_rate * _rate(progress.step, stage.steps) * group.get("scale", 1.0)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16):
             losses = _gradients(run, lambda part: loss_of(learner, part), batch, optimiser)
         run.ranks.share_gradients(parameters)
@@ -271,8 +272,8 @@ def _gradients(
 class _Recent:
     """Losses since the last event, on the device: asking for them at each step would wait for it."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, config: TrainConfig, number: int) -> None:
+        self.config, self.number, self.stage = config, number, config.stages[number]
         self.losses: list[dict[str, Tensor]] = []
         self.names: list[tuple[str, ...]] = []
 
@@ -298,8 +299,11 @@ class _Recent:
         return {
             "event": "step",
             "stage": self.stage.name,
+            "number": self.number,
             "step": step,
             "steps": self.stage.steps,
+            "overall": self.config.steps_before(self.number) + step,
+            "overall_steps": self.config.steps_before(len(self.config.stages)),
             "loss": {key: round(float(np.mean(values)), 5) for key, values in table.items()},
             "seconds": round(seconds, 1),
         }
@@ -359,7 +363,12 @@ def _loss_maker(run: _Run, stage: Stage) -> Callable[[MoESwinUNet, Batch], dict[
         scores_BHWK, logits_BE = network.forward_gated(batch.images_BSHW, temperature)
         return segmentation(scores_BHWK, batch) | gating(logits_BE, batch)
 
-    return {"pretrain": reconstruct, "dense": segment, "experts": segment, "gate": gate, "joint": both}[stage.name]
+    def add(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
+        losses = segment(network, batch.of_expert(experts - 1))
+        return losses | (gate(network, batch) if _knows_others(run) else {})
+
+    makers = {"pretrain": reconstruct, "gate": gate, "joint": both, "add": add}
+    return makers.get(stage.name, segment)
 
 
 def _hidden(images_BSHW: Tensor) -> Tensor:
@@ -388,6 +397,37 @@ def _trained_parameters(network: MoESwinUNet, stage: Stage) -> list[torch.nn.Par
     if network.router is not None:
         network.router.requires_grad_(stage.name != "experts")
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _added_groups(run: _Run, network: MoESwinUNet) -> list[dict[str, Any]]:
+    """What the stage "add" trains: the last expert, its classes, and its row of the gate where others are at hand.
+
+    A model of one expert had no gate, so of two all of it is new.
+    Rows of what was there before get no gradient and do not decay, so they stay as they are to the last bit.
+    """
+    assert network.router is not None  # it has several experts
+    known = len(run.data.spec.classes_of(range(run.config.network.experts - 1)))
+    network.requires_grad_(False)
+    rows = [(network.head.weight, known, 1.0)]
+    if _knows_others(run):
+        gate, row = (network.router.score, -1) if run.config.network.experts > 2 else (network.router, 0)
+        rows += [(parameter, row, _GATE_PACE) for parameter in gate.parameters()]
+    expert = [parameter.requires_grad_() for parameter in network.expert_parameters(run.config.network.experts - 1)]
+    groups: list[dict[str, Any]] = [{"params": expert}]
+    for parameter, first, scale in rows:
+        parameter.requires_grad_().register_hook(partial(_from_row, first))
+        groups.append({"params": [parameter], "weight_decay": 0.0, "scale": scale})
+    return groups
+
+
+def _from_row(first: int, gradient: Tensor) -> Tensor:
+    """The gradient, but for the rows before `first`."""
+    return torch.cat([torch.zeros_like(gradient[:first]), gradient[first:]])
+
+
+def _knows_others(run: _Run) -> bool:
+    """Whether there are images of older experts, which the gate needs to tell the new one's from them."""
+    return len({case.expert for case in run.data.cases}) > 1
 
 
 def _rate(step: int, steps: int) -> float:
@@ -427,7 +467,9 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         {
             "event": "validated",
             "stage": stage.name,
+            "number": run.progress.stage,
             "step": run.progress.step,
+            "overall": run.config.steps_before(run.progress.stage) + run.progress.step,
             "score": round(score, 4),
             "best": better,
             "dice": {key: round(value, 4) for key, value in means.items()},
