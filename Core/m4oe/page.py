@@ -57,6 +57,11 @@ i.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2p
   outline: 1px solid var(--line); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 540px), 1fr)); gap: 1rem 2rem; }
 figure { margin: 0; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 95ch); gap: .15rem 1.2rem; }
+dt { color: var(--muted); }
+dd { margin: 0; overflow-wrap: anywhere; }
+img { width: 100%; border-radius: 6px; }
+.cell { display: block; padding: 0 .8em; border-radius: 4px; }
 figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }

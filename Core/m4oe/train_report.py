@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from .evaluation import Score
+from .geometry import Volume
 from .labels import catalogue
-from .page import BOTTOM, TOP, WIDTH, axis_over, bad, number, structure_cell, table, write_page
+from .page import BOTTOM, TOP, WIDTH, axis_over, number, small, structure_cell, table, write_page
 from .predictor import Predictor
 from .preview import write_preview
 from .spec import ModelSpec, read_spec
@@ -27,6 +28,9 @@ _TITLES = {
     "gate": "Loss of the gate",
     "reconstruction": "Loss of pretraining",
 }
+
+
+_METRICS = (("dice", "Dice", 3), ("nsd", "Normalised surface Dice", 3), ("hd95_mm", "HD95 (mm)", 1))
 
 
 class _Curve(NamedTuple):
@@ -55,7 +59,7 @@ def write_report(folder: Path, results: Sequence[CaseResult], sources: Sequence[
         "<h2>Course</h2>",
         f'<div class="plots">{"".join(_plots(events))}</div>',
         f"<h2>Scores on {len(results)} cases that training did not see</h2>",
-        _score_table(results),
+        _score_tables(results),
         _gate_table(spec, results),
         *_pictures(model, results, sources),
     ]
@@ -74,26 +78,25 @@ def read_events(path: Path) -> list[Event]:
 
 
 def _facts(spec: ModelSpec, events: Sequence[Event]) -> str:
-    spent = {(event["stage"], event["number"]): event["seconds"] for event in events if event["event"] == "step"}
+    seconds = {(event["stage"], event["number"]): event["seconds"] for event in events if event["event"] == "step"}
     network = spec.network
-    rows = [
-        ("Experts", ", ".join(spec.expert_names)),
-        ("Structures", ", ".join(catalogue()[key].name for key in spec.structures)),
-        ("Grid", f"{spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker"),
-        (
-            "Network",
-            f"{network.experts} experts, {network.gate} gate, width {network.embed_dim}, depths {network.depths}",
-        ),
-        ("Minutes", ", ".join(f"{stage} {seconds / 60:.1f}" for (stage, _), seconds in spent.items())),
-        *(
-            (f"Training {key}", json.dumps(value) if isinstance(value, list) else str(value))
-            for key, value in spec.training.items()
-        ),
-        ("Licence", spec.licence),
-        ("Limits", spec.limits),
-    ]
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in rows if text)
+    rows = {
+        "Experts": ", ".join(spec.expert_names),
+        "Structures": ", ".join(catalogue()[key].name for key in spec.structures),
+        "Grid": f"{spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker",
+        "Network": f"{network.gate} gate, width {network.embed_dim}, depths {', '.join(map(str, network.depths))}",
+        "Stages": "; ".join(_stage(*stage) for stage in spec.training.get("stages", ())),
+        "Minutes": ", ".join(f"{stage} {spent / 60:.1f}" for (stage, _), spent in seconds.items()),
+        **{key.capitalize(): str(value) for key, value in spec.training.items() if key != "stages"},
+        "Licence": spec.licence,
+        "Limits": spec.limits,
+    }
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in rows.items() if text)
     return f"<dl>{items}</dl>"
+
+
+def _stage(name: str, steps: int, rate: float) -> str:
+    return f"{name} {steps} steps, learning rate {rate:g}"
 
 
 # Curves
@@ -159,45 +162,44 @@ def _plot(title: str, curves: Sequence[_Curve], borders: Iterable[float], highes
 # Scores
 
 
-def _score_table(results: Sequence[CaseResult]) -> str:
-    """A row per structure, and Dice, NSD and HD95 of each expert's cases."""
+def _score_tables(results: Sequence[CaseResult]) -> str:
+    """For each metric the mean of each structure on each expert's cases."""
+    text = (
+        "Means over the cases whose truth has the structure; below them how often it was missed, or found where there "
+        "is none. The expert of a case is that of its modality; which one served it, the gate and the header decided."
+    )
+    tables = [
+        f"<div><h3>{title}</h3>{_score_table(results, metric, places)}</div>" for metric, title, places in _METRICS
+    ]
+    return f'<p>{text}</p><div class="plots">{"".join(tables)}</div>'
+
+
+def _score_table(results: Sequence[CaseResult], metric: str, places: int) -> str:
     experts = list(dict.fromkeys(result.expert for result in results))
-    scores = {expert: [s for r in results if r.expert == expert for s in r.scores] for expert in experts}
     keys = dict.fromkeys(score.structure for result in results for score in result.scores)
-    head = ["Structure", *(f"{escape(name)}<br>{metric}" for name in experts for metric in ("Dice", "NSD", "HD95 mm"))]
+    cells = {
+        (key, name): [s for r in results if r.expert == name for s in r.scores if s.structure == key]
+        for key in keys
+        for name in experts
+    }
+    trouble = _trouble if metric == "dice" else lambda scores: ""
     rows = [
         [
             structure_cell(key),
-            *(cell for name in experts for cell in _cells(s for s in scores[name] if s.structure == key)),
+            *(number(_mean(cells[key, name], metric), places) + trouble(cells[key, name]) for name in experts),
         ]
         for key in keys
     ]
-    foot = ["Mean of structures", *(cell for name in experts for cell in _means(scores[name]))]
-    text = (
-        "Means over the cases whose truth has the structure; in brackets how often it was missed, or found where there "
-        "is none. The expert of a case is that of its modality; which one served it, the gate and the header decided."
-    )
-    return f"<p>{text}</p>{table(head, rows, foot)}"
+    means = [[m for key in keys if (m := _mean(cells[key, name], metric)) is not None] for name in experts]
+    foot = ["Mean of structures", *(number(fmean(values) if values else None, places) for values in means)]
+    return table(["Structure", *map(escape, experts)], rows, foot)
 
 
-def _cells(scores: Iterable[Score]) -> list[str]:
-    mine = list(scores)
-    missed = sum(score.outcome == "missed" for score in mine)
-    false = sum(score.outcome == "false positive" for score in mine)
+def _trouble(scores: Sequence[Score]) -> str:
+    missed = sum(score.outcome == "missed" for score in scores)
+    false = sum(score.outcome == "false positive" for score in scores)
     words = ", ".join([f"{missed} missed"] * bool(missed) + [f"{false} false"] * bool(false))
-    dice, nsd, hd95 = (_mean(mine, metric) for metric in ("dice", "nsd", "hd95_mm"))
-    trouble = " " + bad(f"({words})", is_bad=True) if words else ""
-    return [number(dice, 3) + trouble, number(nsd, 3), number(hd95, 1)]
-
-
-def _means(scores: Sequence[Score]) -> list[str]:
-    keys = dict.fromkeys(score.structure for score in scores)
-    columns = []
-    for metric, places in (("dice", 3), ("nsd", 3), ("hd95_mm", 1)):
-        values = [_mean([s for s in scores if s.structure == key], metric) for key in keys]
-        present = [value for value in values if value is not None]
-        columns.append(number(fmean(present) if present else None, places))
-    return columns
+    return small(words) if words else ""
 
 
 def _mean(scores: Iterable[Score], metric: str) -> float | None:
@@ -245,10 +247,14 @@ def _pictures(model: Path, results: Sequence[CaseResult], sources: Sequence[Case
         image, truth = by_name[result.case].load()
         assert truth is not None
         labels, _ = predictor(image)
+        shown = [_picture(image, *pair, predictor.spec, result.case) for pair in (("Truth", truth), ("Found", labels))]
         yield f"<h2>{title}: {escape(result.case)}, mean Dice {fmean(result.dice.values()):.3f}</h2>"
-        for name, shown in (("Truth", truth), ("Found", labels)):
-            with TemporaryDirectory() as folder:
-                path = Path(folder) / "picture.png"
-                write_preview(path, image, shown, predictor.spec.label_keys, f"{name}   {result.case}")
-                data = b64encode(path.read_bytes()).decode("ascii")
-            yield f'<img alt="{name}: {escape(result.case)}" src="data:image/png;base64,{data}">'
+        yield f'<div class="plots">{"".join(shown)}</div>'
+
+
+def _picture(image: Volume, name: str, labels: Volume, spec: ModelSpec, case: str) -> str:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        write_preview(path, image, labels, spec.label_keys, f"{name}   {case}")
+        data = b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{name}: {escape(case)}" src="data:image/png;base64,{data}">'

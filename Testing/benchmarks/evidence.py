@@ -27,7 +27,7 @@ from m4oe.files import atomic_write
 from m4oe.geometry import Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.predictor import Predictor
-from m4oe.spec import ModelSpec
+from m4oe.spec import NetworkSpec
 from m4oe.training.cases import CaseFiles, DataSet, load_case
 from m4oe.training.check import check_cases
 from m4oe.training.config import DEMO, QUICK, Stage, TrainConfig
@@ -37,7 +37,8 @@ from m4oe.training.loop import TrainingData, train
 from m4oe.training.phantom import MODALITIES, STRUCTURES, make_phantom
 from m4oe.training.phantom_data import phantom_data
 from m4oe.training.plan import make_plan
-from m4oe.training.plan_data import plan_config, plan_data, score_on_plan
+from m4oe.training.plan_data import held_back, plan_config, plan_data
+from m4oe.training.score import score_model
 from torch.utils.flop_counter import FlopCounterMode
 
 CHAOS_LABELS = {1: "liver", 2: "kidney_right", 3: "kidney_left", 4: "spleen"}
@@ -74,8 +75,9 @@ def run_fold(dataset: DataSet, fold: int, config: TrainConfig, output: Path) -> 
     of_fold = replace(dataset, cases=cases)
     plan, _ = make_plan([of_fold], {dataset.name: list(check_cases(cases))}, val=0.0, test=0.0)
     config = plan_config(config, plan)
-    model = train(config, plan_data(config, plan, output / "cache", say), output / f"fold{fold}", say)
-    return score_on_plan(model, plan, say)
+    data = plan_data(config, plan, output / "cache", say)
+    model = train(config, data, output / f"fold{fold}", say)
+    return [score for result in score_model(model, held_back(plan, data.spec), say) for score in result.scores]
 
 
 def anatomy_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -138,14 +140,12 @@ def mixture(options: argparse.Namespace) -> None:
 
 def run_arm(arm: str, config: TrainConfig, data: TrainingData, volumes: Sequence[Held], output: Path) -> dict[str, Any]:
     folder = output / f"{arm} {config.seed}".replace(" ", "_")
-    spec = replace(data.spec, network=replace(config.network, drop_path=0.0))
+    network, names = replace(config.network, drop_path=0.0), data.spec.expert_names
     start = time.process_time()
     if arm == "one each":
-        models = [
-            train(config, only(data, spec, index), folder / name, say) for index, name in enumerate(spec.expert_names)
-        ]
+        models = [train(config, only(data, network, index), folder / name, say) for index, name in enumerate(names)]
     else:
-        models = [train(config, replace(data, spec=spec), folder, say)] * len(spec.experts)
+        models = [train(config, replace(data, spec=replace(data.spec, network=network)), folder, say)] * len(names)
     trained = time.process_time() - start
     predictors = {model: Predictor(model, "cpu", "float32") for model in set(models)}
     start = time.process_time()
@@ -155,10 +155,10 @@ def run_arm(arm: str, config: TrainConfig, data: TrainingData, volumes: Sequence
     return {"trained": trained, "seconds": seconds, "scores": scores, **cost(predictors[models[0]].network, arm, dense)}
 
 
-def only(data: TrainingData, spec: ModelSpec, index: int) -> TrainingData:
+def only(data: TrainingData, network: NetworkSpec, index: int) -> TrainingData:
     """The data of one expert, which becomes the only one."""
     cases = [replace(case, expert=0) for case in data.cases if case.expert == index]
-    return TrainingData(replace(spec, experts=(data.spec.experts[index],)), cases)
+    return TrainingData(replace(data.spec, network=network, experts=(data.spec.experts[index],)), cases)
 
 
 def cost(network: MoESwinUNet, arm: str, dense: bool) -> dict[str, float]:
