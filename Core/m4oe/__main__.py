@@ -113,6 +113,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--preset", choices=("default", "flare"), default="default", help="rules of a challenge")
     evaluate.add_argument("--tolerance", type=_keys, metavar="MM|KEY=MM,..", help="of NSD; default: FLARE22's, else 2")
     evaluate.add_argument("--jobs", type=int, metavar="N", help="processes; default: up to 4")
+    evaluate.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that does it; or its file")
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -371,7 +372,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     evaluations = []
     for place, name, paired in zip(places, _model_names(places), pairs, strict=True):
         with progress_bar(name) as show:
-            evaluations.append(evaluate_files(paired, name, rules, keys, truth_labels, labels, jobs, show))
+            evaluations.append(
+                evaluate_files(paired, name, rules, keys, truth_labels, labels, jobs, options.scheduler, show)
+            )
         for case, problem in evaluations[-1].problems.items():
             say_error(f"{name}: {case}: {problem}", 1)
         for note in evaluations[-1].notes:

@@ -50,6 +50,7 @@ def add_train_command(commands: Any) -> None:
     train.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="that gets the expert; file or name")
     train.add_argument("--name", default="m4oe", help="of the model; default: %(default)s")
     train.add_argument("--cache", type=Path, metavar="FOLDER", help="for prepared cases; default: OUT/cache")
+    train.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that prepares cases; or its file")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     train.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     train.add_argument("--json", action="store_true", help="print events as JSON, one per line")
@@ -100,11 +101,11 @@ def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
         model = find_model(options.model)
         config = addition_config(config, read_spec(model))
         spec = addition_spec(config, plan, read_spec(model), options.add_modality)
-        data = plan_data(config, plan, cache, emit, spec)
+        data = plan_data(config, plan, cache, emit, spec, options.scheduler)
         start = start_addition(model, data)
     else:
         config = plan_config(config, plan)
-        data = plan_data(config, plan, cache, emit)
+        data = plan_data(config, plan, cache, emit, scheduler=options.scheduler)
         start = start_network(options.init, config, data.spec.structures) if options.init else None
     return _Job(config, data, held_back(plan, data.spec), start)
 

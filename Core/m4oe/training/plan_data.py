@@ -75,17 +75,19 @@ def plan_data(
     cache: Path,
     emit: Callable[[dict[str, Any]], None],
     spec: ModelSpec | None = None,
+    scheduler: str | None = None,
 ) -> TrainingData:
     """Training data of a plan, brought to the canonical grid once and mapped from `cache` ever after.
 
     A case that cannot be read is told as an event and left out. The spec is that of a new model, if none is given.
+    With `scheduler` the workers of a Dask cluster prepare the cases.
 
     Raises:
         ValueError: No case is left, or a case has no modality.
     """
     spec = spec or _spec(config, plan)
     sources = [*_sources(plan, "train", spec), *_sources(plan, "unlabelled", spec)]
-    cases, failures = build_cache(sources, spec, cache)
+    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler)
     for failure in failures:
         emit({"event": "left out", "case": failure.name, "reason": failure.reason})
     if not cases:
