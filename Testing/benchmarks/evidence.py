@@ -1,7 +1,8 @@
 """Experiments behind Docs/evidence.md: each can be stopped, goes on where it was, and ends in JSON and a table.
 
-    python Testing/benchmarks/evidence.py anatomy FOLDER -o OUT    cross-validation on CHAOS T2 (pairs of NIfTI)
-    python Testing/benchmarks/evidence.py mixture -o OUT           dense, channel gate, soft and top-1 gate, one each
+    python Testing/benchmarks/evidence.py -o OUT anatomy FOLDER   cross-validation on CHAOS T2 (pairs of NIfTI)
+    python Testing/benchmarks/evidence.py -o OUT mixture          dense, channel gate, soft and top-1 gate, one each
+    python Testing/benchmarks/evidence.py -o OUT addition         one modality more, and the same trained alone
 
 Seconds are processor seconds of this process, so that other load on the machine counts little.
 """
@@ -21,13 +22,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from m4oe.evaluation import Score, dice_scores
 from m4oe.files import atomic_write
 from m4oe.geometry import Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.predictor import Predictor
-from m4oe.spec import NetworkSpec
+from m4oe.spec import NetworkSpec, read_spec
 from m4oe.training.cases import CaseFiles, DataSet, load_case
 from m4oe.training.check import check_cases
 from m4oe.training.config import DEMO, QUICK, Stage, TrainConfig
@@ -37,8 +39,9 @@ from m4oe.training.loop import TrainingData, train
 from m4oe.training.phantom import MODALITIES, STRUCTURES, make_phantom
 from m4oe.training.phantom_data import phantom_data
 from m4oe.training.plan import make_plan
-from m4oe.training.plan_data import held_back, plan_config, plan_data
+from m4oe.training.plan_data import addition_config, held_back, plan_config, plan_data
 from m4oe.training.score import score_model
+from m4oe.training.start import start_addition
 from torch.utils.flop_counter import FlopCounterMode
 
 CHAOS_LABELS = {1: "liver", 2: "kidney_right", 3: "kidney_left", 4: "spleen"}
@@ -281,6 +284,82 @@ def gate_accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(words) if rows[0]["arm"] not in ("dense", "one each") and words else "-"
 
 
+# What does one modality more cost, and leave as it was?
+
+BUDGETS = (40, 100, 200, 400)  # steps
+
+
+def addition(options: argparse.Namespace) -> None:
+    """Adds contrast-enhanced T1 to a mixture of three, and trains a network on it alone, with equal steps."""
+    data, volumes = phantom_data(QUICK, PHANTOMS, say), unseen_phantoms()
+    new, old = data.spec.experts[-1].name, [volume for volume in volumes if volume.expert != MODALITIES[-1]]
+    network = replace(QUICK.network, experts=len(MODALITIES) - 1)
+    three = replace(data.spec, network=replace(network, drop_path=0.0), experts=data.spec.experts[:-1])
+    config = replace(QUICK, network=network, seed=options.seed)
+    cases = [case for case in data.cases if case.expert < network.experts]
+    base = train(config, TrainingData(three, cases), options.output / "three", say)
+    before = [Predictor(base, "cpu", "float32")(volume.image)[0].array for volume in old]
+    path = options.output / "addition.json"
+    rows = read_rows(path)
+    for steps in BUDGETS[len(rows) :]:
+        added = add_expert(base, data, steps, options)
+        predictor, own = (
+            Predictor(added, "cpu", "float32"),
+            Predictor(train_alone(data, steps, options), "cpu", "float32"),
+        )
+        results = [predictor(volume.image) for volume in old]
+        mine = [volume for volume in volumes if volume.expert == new]
+        rows.append(
+            {
+                "steps": steps,
+                "same": sum(np.array_equal(a, b.array) for a, (b, _) in zip(before, results, strict=True)),
+                "taken": sum(report.expert_weights[new] > 0 for _, report in results),
+                "old": len(old),
+                "added": [score(predictor, volume) for volume in mine],
+                "alone": [score(own, volume) for volume in mine],
+            }
+        )
+        write_rows(path, rows, options, config)
+    print(addition_table(rows))
+
+
+def add_expert(base: Path, data: TrainingData, steps: int, options: argparse.Namespace) -> Path:
+    spec = read_spec(base)
+    halves = (Stage("add", steps * 3 // 4, 1e-3), Stage("add", steps // 4, 5e-4, balance=0.0))
+    config = replace(addition_config(QUICK, spec), stages=halves, seed=options.seed)
+    whole = replace(data, spec=replace(data.spec, network=replace(config.network, drop_path=0.0)))
+    return train(config, whole, options.output / f"added{steps}", say, start=start_addition(base, whole))
+
+
+def train_alone(data: TrainingData, steps: int, options: argparse.Namespace) -> Path:
+    halves = (Stage("dense", steps * 3 // 4, 2e-3), Stage("dense", steps // 4, 1e-3, balance=0.0))
+    network = replace(QUICK.network, experts=1)
+    config = replace(QUICK, network=network, stages=halves, seed=options.seed)
+    mine = only(data, replace(network, drop_path=0.0), len(MODALITIES) - 1)
+    return train(config, mine, options.output / f"alone{steps}", say)
+
+
+def addition_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean Dice on unseen phantoms of the new modality, and what became of the old ones' results."""
+    head = (
+        "steps",
+        "added: Dice",
+        "added, expert named",
+        "alone: Dice",
+        "old results the same",
+        "old taken by the new",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        dice = [mean(v for s in row[arm] for v in s[kind].values()) for arm, kind in SHOWN]
+        counts = (f"{row[key]} of {row['old']}" for key in ("same", "taken"))
+        lines.append(f"| {row['steps']} | {' | '.join([*(f'{value:.3f}' for value in dice), *counts])} |")
+    return "\n".join(lines)
+
+
+SHOWN = (("added", "dice"), ("added", "named"), ("alone", "dice"))
+
+
 # What the experiments share
 
 
@@ -325,6 +404,7 @@ def main() -> int:
     two.add_argument("--seeds", type=int, default=3)
     two.add_argument("--real", type=Path, help="folder with ct, mr and mr_nc")
     two.set_defaults(run=mixture)
+    experiments.add_parser("addition").set_defaults(run=addition)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
