@@ -398,6 +398,19 @@ def test_the_image_gate_needs_the_first_stage_alone() -> None:
     assert network.gate_logits(an_image(2)).shape == (2, 3)
 
 
+def test_images_in_the_order_of_their_experts_give_what_they_give_in_any_order() -> None:
+    network, images = a_network(IMAGE), an_image(4)
+    weights = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1]])
+    order = torch.tensor([2, 0, 3, 1])
+    assert Routing.of(weights).runs == (2, 0, 2) and Routing.of(weights[order]).runs is None
+    assert torch.equal(network(images, weights)[order], network(images[order], weights[order]))
+
+
+def test_what_is_no_single_fixed_choice_has_no_runs() -> None:
+    half, learned = torch.tensor([[0.5, 0.5], [0, 1]]), torch.eye(2, requires_grad=True)
+    assert Routing.of(half).runs is None and Routing.of(learned).runs is None
+
+
 @pytest.mark.parametrize("spec", [SMALL, TOKEN, CHANNEL])
 def test_a_network_without_an_image_gate_has_no_logits(spec: NetworkSpec) -> None:
     with pytest.raises(RuntimeError, match="no image gate"):
