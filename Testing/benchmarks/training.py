@@ -58,7 +58,7 @@ def some_batch(images: int, device: torch.device) -> Batch:
     images_BSHW = torch.rand(count, 3, CROP, CROP, generator=generator)
     known = torch.ones(count, CLASSES, dtype=torch.bool)
     told = torch.zeros(count, dtype=torch.bool)
-    return Batch(*(tensor.to(device) for tensor in (images_BSHW, labels, known, experts_B, told)))
+    return Batch(*(tensor.to(device) for tensor in (images_BSHW, labels, known)), experts_B, told)
 
 
 def released_loss(scores_BHWK: Tensor, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from m4oe.training.checkpoint import load_checkpoint
 from m4oe.training.config import Stage, TrainConfig
 from m4oe.training.data import Sampler, make_case
 from m4oe.training.loop import TrainingData, train
+from m4oe.training.ranks import Ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -368,6 +370,32 @@ def test_a_run_with_validation_resumes_to_the_same_end(tmp_path: Path) -> None:
         train(config, some_data(validation=True), tmp_path / "stopped", stop_at("experts", 4), device="cpu")
     run(tmp_path / "stopped", config, some_data(validation=True))
     assert_same_model(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_validation_changes_nothing_in_the_training(tmp_path: Path) -> None:
+    config = replace(CONFIG, stages=(Stage("dense", 6, 1e-2),))
+    run(tmp_path / "without", config, some_data(validation=True))
+    run(tmp_path / "with", replace(config, validate_every=2), some_data(validation=True))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+# ---- the device
+
+
+@pytest.mark.parametrize("name", ["pretrain", "dense", "experts", "gate", "add"])
+def test_no_loss_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On the device `meta`, which computes nothing and has no autocast, every look at a value fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *given, **options: nullcontext())
+    device, stage = torch.device("meta"), Stage(name, 1, 1e-3)
+    with device:
+        experts = 1 if name in ("pretrain", "dense") else 2
+        network = MoESwinUNet(replace(NETWORK, experts=experts, top_k=1, drop_path=0.0), 3)
+    config = replace(CONFIG, stages=(stage,))
+    a_run = module._Run(config, some_data(), tmp_path, lambda event: None, Ranks(), device, network)
+    batch = Augmenter(SPEC, 16, device=device)(Sampler(some_data().cases, 2, 16, 3, 0).crops_at(0))
+    for loss in module._loss_maker(a_run, stage)(module._learner(a_run, stage), batch).values():
+        loss.backward()
+        assert loss.is_meta
 
 
 # ---- trouble

@@ -43,14 +43,18 @@ class Routing:
     runs: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, weights_BE: Tensor) -> Routing:
-        """Routing by these weights; an expert of weight zero is not evaluated."""
+    def of(cls, weights_BE: Tensor, device: torch.device | None = None) -> Routing:
+        """Routing by these weights; an expert of weight zero is not evaluated.
+
+        Weights that are known on the CPU let nobody wait for the device, by default that of the weights.
+        """
+        device = device or weights_BE.device
         known_BE = weights_BE.detach().cpu()
         images = tuple(used.nonzero().squeeze(1) for used in (known_BE > 0).unbind(1))
         counts = tuple(len(indices) for indices in images)
         in_order = torch.cat(images).equal(torch.arange(len(known_BE))) and bool((known_BE.amax(1) == 1).all())
         runs = counts if in_order and not weights_BE.requires_grad else None
-        return cls(weights_BE, tuple(indices.to(weights_BE.device) for indices in images), runs)
+        return cls(weights_BE.to(device), tuple(indices.to(device) for indices in images), runs)
 
 
 def keep_top_k(weights: Tensor, top_k: int) -> Tensor:

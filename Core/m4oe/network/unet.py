@@ -70,7 +70,7 @@ class MoESwinUNet(nn.Module):
 
         Args:
             x_BSHW: Slices with their neighbours as channels, intensities in [0, 1].
-            weights_BE: Expert weights that overrule the image gate, rows of sum 1.
+            weights_BE: Expert weights that overrule the image gate, rows of sum 1; best on the CPU, see `Routing.of`.
 
         Returns:
             Scores [B, H, W, K] before softmax.
@@ -206,7 +206,7 @@ class MoESwinUNet(nn.Module):
             weights_BE = first_BHWC.new_tensor(self.fixed_weights).expand(len(first_BHWC), -1)
         if weights_BE is None:
             weights_BE = keep_top_k(self._gate(x_BSHW, first_BHWC).softmax(-1), self.spec.top_k)
-        return Routing.of(weights_BE)
+        return Routing.of(weights_BE, x_BSHW.device)
 
 
 def upcycle(dense: MoESwinUNet, spec: NetworkSpec) -> MoESwinUNet:

@@ -334,7 +334,7 @@ def _loss_maker(run: _Run, stage: Stage) -> Callable[[MoESwinUNet, Batch], dict[
     experts, top_k, add_up = run.config.network.experts, run.config.network.top_k, run.ranks.add_up
     wholes_KD = wholes(run.data.spec.structures).to(run.device)
     modalities = [expert.modality for expert in run.data.spec.experts]
-    alike_EE = torch.tensor([[one == other for other in modalities] for one in modalities], device=run.device)
+    alike_EE = torch.tensor([[one == other for other in modalities] for one in modalities])
 
     def reconstruct(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
         hidden_BHW = _hidden(batch.images_BSHW)
@@ -343,7 +343,10 @@ def _loss_maker(run: _Run, stage: Stage) -> Callable[[MoESwinUNet, Batch], dict[
 
     def gating(logits_BE: Tensor, batch: Batch) -> dict[str, Tensor]:
         possible_BE = alike_EE[batch.experts_B] | ~batch.told_B[:, None]
-        return {"gate": gate_loss(logits_BE, batch.experts_B, possible_BE, add_up)}
+        experts_B, possible_BE = (
+            known.to(logits_BE.device, non_blocking=True) for known in (batch.experts_B, possible_BE)
+        )
+        return {"gate": gate_loss(logits_BE, experts_B, possible_BE, add_up)}
 
     def segmentation(scores_BHWK: Tensor, batch: Batch) -> dict[str, Tensor]:
         loss = segmentation_loss(scores_BHWK, batch.labels_BHW, batch.annotated_BK, wholes_KD, stage.balance, add_up)
