@@ -38,19 +38,14 @@ from .checkpoint import (
 )
 from .config import Stage, TrainConfig
 from .data import Batch, Case, Sampler, prefetched
-from .loss import gate_loss, reconstruction_loss, segmentation_loss, wholes
 from .ranks import Ranks
+from .stages import Objective, learning_rate, trained_groups
 
 Event = dict[str, Any]
-_WARM_UP = 0.05
 _CLIP = 1.0
 _LOG_EVERY = 20
 _AVERAGED = 0.02  # of a stage's steps: the span of the moving average of the weights
-_HIDDEN, _HIDDEN_PIXELS = 0.6, 16  # share of an image that pretraining hides, in squares of this side
 _HEAD = "head."  # whose weights depend on the classes
-_UNSEEN = -1.0  # what a hidden pixel shows; no intensity is below 0
-_COLDEST = 0.1  # temperature of the gate at the end of joint training, from 1: nearly the one expert of prediction
-_GATE_PACE = 20.0  # how much faster a single row of the gate learns than an expert
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
@@ -67,6 +62,11 @@ class TrainingData:
     spec: ModelSpec
     cases: Sequence[Case]
     validation: Sequence[CaseSource] = ()
+
+    @property
+    def experts(self) -> int:
+        """Number of experts that have training cases."""
+        return len({case.expert for case in self.cases})
 
 
 @dataclass
@@ -186,9 +186,8 @@ def _run_stage(run: _Run, number: int) -> None:
         run.network = _as_mixture(run.network, config).to(run.device)
     progress.experts = run.network.spec.experts
     learner = _learner(run, stage)
-    trained = _added_groups(run, learner) if stage.name == "add" else _trained_parameters(learner, stage)
-    decay = config.weight_decay
-    optimiser = torch.optim.AdamW(trained, stage.learning_rate, (0.9, 0.95), weight_decay=decay, fused=True)
+    groups = trained_groups(learner, stage, run.data.spec, run.data.experts > 1)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     average = AveragedModel(
         learner, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1.0, _AVERAGED * stage.steps)), use_buffers=False
     )
@@ -211,7 +210,8 @@ def _steps(
     """Takes the steps of a stage that are left, until validation has nothing more to gain."""
     stage, config, progress = run.config.stages[number], run.config, run.progress
     before = config.steps_before(number)
-    sampler, augment, loss_of = _sampler(run, stage), _augmenter(run, stage), _loss_maker(run, stage)
+    sampler, augment = _sampler(run, stage), _augmenter(run, stage)
+    losses_of = Objective(stage, run.data.spec, run.device, run.data.experts > 1, run.ranks.add_up)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     bfloat16 = bfloat16_is_faster(run.device)
     start, recent = time.perf_counter(), _Recent(run.config, number)
@@ -220,9 +220,11 @@ def _steps(
         batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
-            group["lr"] = stage.learning_rate * _rate(progress.step, stage.steps) * group.get("scale", 1.0)
+            group["lr"] = learning_rate(stage, progress.step) * group.get("scale", 1.0)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16):
-            losses = _gradients(run, lambda part: loss_of(learner, part), batch, optimiser)
+            losses = _gradients(
+                run, partial(losses_of, learner, progress=progress.step / stage.steps), batch, optimiser
+            )
         run.ranks.share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
@@ -330,58 +332,6 @@ def _augmenter(run: _Run, stage: Stage) -> Augmenter:
     return Augmenter(run.data.spec, run.config.crop, varied, run.device)
 
 
-def _loss_maker(run: _Run, stage: Stage) -> Callable[[MoESwinUNet, Batch], dict[str, Tensor]]:
-    experts, top_k, add_up = run.config.network.experts, run.config.network.top_k, run.ranks.add_up
-    wholes_KD = wholes(run.data.spec.structures).to(run.device)
-    modalities = [expert.modality for expert in run.data.spec.experts]
-    alike_EE = torch.tensor([[one == other for other in modalities] for one in modalities])
-
-    def reconstruct(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        hidden_BHW = _hidden(batch.images_BSHW)
-        seen_BSHW = batch.images_BSHW.masked_fill(hidden_BHW[:, None], _UNSEEN)
-        return {"reconstruction": reconstruction_loss(network(seen_BSHW), batch.images_BSHW, hidden_BHW, add_up)}
-
-    def gating(logits_BE: Tensor, batch: Batch) -> dict[str, Tensor]:
-        possible_BE = alike_EE[batch.experts_B] | ~batch.told_B[:, None]
-        experts_B, possible_BE = (
-            known.to(logits_BE.device, non_blocking=True) for known in (batch.experts_B, possible_BE)
-        )
-        return {"gate": gate_loss(logits_BE, experts_B, possible_BE, add_up)}
-
-    def segmentation(scores_BHWK: Tensor, batch: Batch) -> dict[str, Tensor]:
-        loss = segmentation_loss(scores_BHWK, batch.labels_BHW, batch.annotated_BK, wholes_KD, stage.balance, add_up)
-        return {"segmentation": loss}
-
-    def gate(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        return gating(network.gate_logits(batch.images_BSHW), batch)
-
-    def segment(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        weights_BE = torch.nn.functional.one_hot(batch.experts_B, experts).float()
-        return segmentation(network(batch.images_BSHW, weights_BE), batch)
-
-    def both(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        if network.router is None:
-            return segment(network, batch)
-        temperature = _COLDEST ** (run.progress.step / stage.steps) if top_k else 1.0
-        scores_BHWK, logits_BE = network.forward_gated(batch.images_BSHW, temperature)
-        return segmentation(scores_BHWK, batch) | gating(logits_BE, batch)
-
-    def add(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        losses = segment(network, batch.of_expert(experts - 1))
-        return losses | (gate(network, batch) if _knows_others(run) else {})
-
-    makers = {"pretrain": reconstruct, "gate": gate, "joint": both, "add": add}
-    return makers.get(stage.name, segment)
-
-
-def _hidden(images_BSHW: Tensor) -> Tensor:
-    """Squares of each image that are hidden: [B, H, W]."""
-    batch, _, height, width = images_BSHW.shape
-    squares = [-(-size // _HIDDEN_PIXELS) for size in (height, width)]
-    hidden = torch.rand(batch, *squares, device=images_BSHW.device) < _HIDDEN
-    return hidden.repeat_interleave(_HIDDEN_PIXELS, 1).repeat_interleave(_HIDDEN_PIXELS, 2)[:, :height, :width]
-
-
 def _learner(run: _Run, stage: Stage) -> MoESwinUNet:
     """What the stage trains: the network, or for pretraining one like it that gives back the image's channels."""
     if stage.name != "pretrain":
@@ -391,54 +341,6 @@ def _learner(run: _Run, stage: Stage) -> MoESwinUNet:
     body = {key: value for key, value in run.network.state_dict().items() if not key.startswith(_HEAD)}
     learner.load_state_dict(body, strict=False)
     return learner
-
-
-def _trained_parameters(network: MoESwinUNet, stage: Stage) -> list[torch.nn.Parameter]:
-    """Marks what the stage trains; the gate stage leaves everything but the gate as it is."""
-    for parameter in network.parameters():
-        parameter.requires_grad_(stage.name != "gate")
-    if network.router is not None:
-        network.router.requires_grad_(stage.name != "experts")
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def _added_groups(run: _Run, network: MoESwinUNet) -> list[dict[str, Any]]:
-    """What the stage "add" trains: the last expert, its classes, and its row of the gate where others are at hand.
-
-    A model of one expert had no gate, so of two all of it is new.
-    Rows of what was there before get no gradient and do not decay, so they stay as they are to the last bit.
-    """
-    assert network.router is not None  # it has several experts
-    known = len(run.data.spec.classes_of(range(run.config.network.experts - 1)))
-    network.requires_grad_(False)
-    rows = [(network.head.weight, known, 1.0)]
-    if _knows_others(run):
-        gate, row = (network.router.score, -1) if run.config.network.experts > 2 else (network.router, 0)
-        rows += [(parameter, row, _GATE_PACE) for parameter in gate.parameters()]
-    expert = [parameter.requires_grad_() for parameter in network.expert_parameters(run.config.network.experts - 1)]
-    groups: list[dict[str, Any]] = [{"params": expert}]
-    for parameter, first, scale in rows:
-        parameter.requires_grad_().register_hook(partial(_from_row, first))
-        groups.append({"params": [parameter], "weight_decay": 0.0, "scale": scale})
-    return groups
-
-
-def _from_row(first: int, gradient: Tensor) -> Tensor:
-    """The gradient, but for the rows before `first`."""
-    return torch.cat([torch.zeros_like(gradient[:first]), gradient[first:]])
-
-
-def _knows_others(run: _Run) -> bool:
-    """Whether there are images of older experts, which the gate needs to tell the new one's from them."""
-    return len({case.expert for case in run.data.cases}) > 1
-
-
-def _rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    warm_up = max(1, round(_WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
