@@ -47,8 +47,8 @@ def add_train_command(commands: Any) -> None:
     train.add_argument("--pretrain", type=int, default=0, metavar="N", help="steps of pretraining without labels")
     train.add_argument("--init", metavar="WHAT", help="start from: timm, a file of a Swin transformer, or MODEL:EXPERT")
     train.add_argument("--add-modality", metavar="NAME", help="add the expert NAME to --model and train it alone")
-    train.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="that gets the expert; file or name")
-    train.add_argument("--name", default="m4oe", help="of the model; default: %(default)s")
+    train.add_argument("--model", metavar="NAME", help=f"that gets the expert; file or name, default: {DEFAULT_MODEL}")
+    train.add_argument("--name", help="of the model; default: m4oe")
     train.add_argument("--cache", type=Path, metavar="FOLDER", help="for prepared cases; default: OUT/cache")
     train.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that prepares cases; or its file")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
@@ -65,59 +65,76 @@ def _train(options: argparse.Namespace) -> int:
     from .training.ranks import joined_ranks, local_device
     from .training.score import score_model
 
+    _check(options)
+    prepare_folder(options.output)
+    device = local_device() if options.device == "auto" else options.device
+    with joined_ranks() as ranks, _listener(options) as emit:
+        job = _phantom_job(options, emit) if options.phantoms else _plan_job(options, ranks, emit)
+        model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
+        if ranks.rank == 0:
+            results = score_model(model, job.held_back, emit, device)
+            report = write_report(options.output, results, job.held_back, device)
+            print(f"\n{score_table(read_spec(model))}\n\nmodel: {model}\nreport: {report}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        ValueError: Something does not.
+    """
     if bool(options.folders) == options.phantoms:
         raise ValueError("expected a plan of m4oe data plan, folders with data sets, or --phantoms")
     if options.add_modality and (options.phantoms or options.init or options.pretrain):
         raise ValueError("--add-modality trains on a plan or folders, from --model alone; leave out the other option")
-    prepare_folder(options.output)
-    with joined_ranks() as ranks, _listener(options) as emit:
-        job = _phantom_job(options, emit) if options.phantoms else _plan_job(options, ranks, emit)
-        device = local_device() if options.device == "auto" else options.device
-        model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
-        if ranks.rank == 0:
-            report = write_report(options.output, score_model(model, job.held_back, emit), job.held_back)
-            print(f"\n{score_table(read_spec(model))}\n\nmodel: {model}\nreport: {report}")
-    return 0
+    if options.model and not options.add_modality:
+        raise ValueError("--model is what --add-modality extends; to start from a model give --init MODEL:EXPERT")
 
 
 def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
     from .training.config import DEMO, QUICK
     from .training.phantom_data import phantom_data, unseen_phantoms
 
-    config = replace(QUICK if options.quick else DEMO, seed=options.seed)
+    config = _with_options(QUICK if options.quick else DEMO, options)
     count, unseen = (8, 2) if options.quick else (60, 5)
-    return _Job(config, phantom_data(config, count, emit), unseen_phantoms(unseen))
+    data = phantom_data(config, count, emit)
+    return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data))
 
 
 def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
     from .training.config import FULL, QUICK, SMALL
     from .training.plan_data import addition_config, addition_spec, held_back, plan_config, plan_data
-    from .training.start import start_addition, start_network
+    from .training.start import start_addition
 
-    plan, cache = _plan(options, ranks), options.cache or options.output / "cache"
-    preset = QUICK if options.quick else {"small": SMALL, "full": FULL}[options.preset]
-    config, start = _with_options(preset, options), None
-    if options.add_modality:
-        model = find_model(options.model)
+    cache = options.cache or options.output / "cache"
+    config = _with_options(QUICK if options.quick else {"small": SMALL, "full": FULL}[options.preset], options)
+    with ranks.first_alone():
+        plan = _plan(options)
+        if not options.add_modality:
+            config = plan_config(config, plan)
+            data = plan_data(config, plan, cache, emit, scheduler=options.scheduler)
+            return _Job(config, data, held_back(plan, data.spec), _start(options, config, data))
+        model = find_model(options.model or DEFAULT_MODEL)
         config = addition_config(config, read_spec(model))
         spec = addition_spec(config, plan, read_spec(model), options.add_modality)
         data = plan_data(config, plan, cache, emit, spec, options.scheduler)
-        start = start_addition(model, data)
-    else:
-        config = plan_config(config, plan)
-        data = plan_data(config, plan, cache, emit, scheduler=options.scheduler)
-        start = start_network(options.init, config, data.spec.structures) if options.init else None
-    return _Job(config, data, held_back(plan, data.spec), start)
+        return _Job(config, data, held_back(plan, data.spec), start_addition(model, data))
 
 
-def _plan(options: argparse.Namespace, ranks: Ranks) -> Plan:
+def _start(options: argparse.Namespace, config: TrainConfig, data: TrainingData) -> MoESwinUNet | None:
+    from .training.start import start_network
+
+    return start_network(options.init, config, data.spec.structures) if options.init else None
+
+
+def _plan(options: argparse.Namespace) -> Plan:
     """The plan that was named, or the one of the folders, which a run that goes on finds beside it."""
     from .training.plan import read_plan
 
     path = options.folders[0] if options.folders[0].is_file() else options.output / "plan.json"
-    if not path.exists() and ranks.rank == 0:
+    if not path.exists():
         plan_folders(options, path)
-    ranks.wait()
     return read_plan(path)
 
 
@@ -128,7 +145,7 @@ def _with_options(config: TrainConfig, options: argparse.Namespace) -> TrainConf
     stages = tuple(replace(stage, steps=max(1, round(options.length * stage.steps))) for stage in config.stages)
     if options.pretrain:
         stages = (Stage("pretrain", options.pretrain, stages[0].learning_rate), *stages)
-    return replace(config, name=options.name, seed=options.seed, stages=stages)
+    return replace(config, name=options.name or config.name, seed=options.seed, stages=stages)
 
 
 # What is said

@@ -39,13 +39,16 @@ class _Curve(NamedTuple):
     points: list[tuple[float, float]]
 
 
-def write_report(folder: Path, results: Sequence[CaseResult], sources: Sequence[CaseSource]) -> Path:
+def write_report(
+    folder: Path, results: Sequence[CaseResult], sources: Sequence[CaseSource], device: str = "auto"
+) -> Path:
     """Writes the page of a run that has ended.
 
     Args:
         folder: The run's, with its model and events.
         results: Of the cases that were held back.
         sources: These cases, of which the best and the worst are drawn.
+        device: Where to segment these.
 
     Returns:
         The page.
@@ -61,7 +64,7 @@ def write_report(folder: Path, results: Sequence[CaseResult], sources: Sequence[
         f"<h2>Scores on {len(results)} cases that training did not see</h2>",
         _score_tables(results),
         _gate_table(spec, results),
-        *_pictures(model, results, sources),
+        *_pictures(Predictor(model, device), results, sources),
     ]
     write_page(path, f"Training of {spec.name}", parts)
     return path
@@ -236,13 +239,13 @@ def _shaded(count: int, cases: int, right: bool) -> str:
 # Pictures
 
 
-def _pictures(model: Path, results: Sequence[CaseResult], sources: Sequence[CaseSource]) -> Iterator[str]:
+def _pictures(predictor: Predictor, results: Sequence[CaseResult], sources: Sequence[CaseSource]) -> Iterator[str]:
     """The best and the worst case, each as it should be and as it was found."""
     by_dice = sorted((result for result in results if result.dice), key=lambda result: fmean(result.dice.values()))
     if not by_dice:
         return
     chosen = {"Best case": by_dice[-1], "Worst case": by_dice[0]} if len(by_dice) > 1 else {"The case": by_dice[0]}
-    predictor, by_name = Predictor(model), {source.name: source for source in sources}
+    by_name = {source.name: source for source in sources}
     for title, result in chosen.items():
         image, truth = by_name[result.case].load()
         assert truth is not None

@@ -255,6 +255,20 @@ def test_a_model_of_one_expert_gets_a_gate_with_the_second(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "m4oe-demo"], "--model is what --add-modality extends; to start from a model give --init"),
+        (["--add-modality", "pet", "--init", "timm"], "--add-modality trains on a plan or folders, from --model alone"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    tmp_path: Path, capsys: Captured, options: list[str], message: str
+) -> None:
+    assert main(["train", str(tmp_path), *options, "-o", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "experts", "message"),
     [
         ("ct", ("ct",), "m4oe has an expert ct; give the new one another name"),

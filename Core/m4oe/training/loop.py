@@ -64,9 +64,14 @@ class TrainingData:
     validation: Sequence[CaseSource] = ()
 
     @property
+    def labelled(self) -> list[Case]:
+        """The training cases with labels."""
+        return [case for case in self.cases if case.labels_ZHW is not None]
+
+    @property
     def experts(self) -> int:
-        """Number of experts that have training cases."""
-        return len({case.expert for case in self.cases})
+        """Number of experts that have labelled training cases."""
+        return len({case.expert for case in self.labelled})
 
 
 @dataclass
@@ -313,7 +318,7 @@ class _Recent:
 
 def _sampler(run: _Run, stage: Stage) -> Sampler:
     config = run.config
-    cases = [case for case in run.data.cases if stage.name in ("pretrain", "gate") or case.labels_ZHW is not None]
+    cases = run.data.cases if stage.name in ("pretrain", "gate") else run.data.labelled
     return Sampler(
         cases,
         config.images,

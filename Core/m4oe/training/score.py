@@ -36,13 +36,15 @@ class CaseResult:
         return {score.structure: score.dice for score in self.scores if score.counted and score.dice is not None}
 
 
-def score_model(model: Path, sources: Sequence[CaseSource], emit: Callable[[dict[str, Any]], None]) -> list[CaseResult]:
+def score_model(
+    model: Path, sources: Sequence[CaseSource], emit: Callable[[dict[str, Any]], None], device: str = "auto"
+) -> list[CaseResult]:
     """Scores a model on cases and writes its mean Dice per expert and structure into its file.
 
     Scores of experts that have no case here stay.
     """
     results = []
-    for result in _results(Predictor(model), sources):
+    for result in _results(Predictor(model, device), sources):
         results.append(result)
         dice = {key: round(value, 4) for key, value in result.dice.items()}
         emit({"event": "scored", "case": result.case, "expert": result.expert, "gate": result.gate, "dice": dice})

@@ -105,8 +105,8 @@ def start_addition(model: Path, data: TrainingData) -> MoESwinUNet:
     """
     network, spec = load_model(model)
     new = data.spec.network.experts - 1
-    cases = [case for case in data.cases if case.expert == new]
-    others = len(cases) < len(data.cases)
+    cases = [case for case in data.labelled if case.expert == new]
+    others = len(cases) < len(data.labelled)
     like = _preferred(network, spec, cases, data.spec.experts[new].modality) if network.router else 0
     return append_expert(network, like, len(data.spec.structures) + 1, 0.0 if others else _HANDICAP)
 
