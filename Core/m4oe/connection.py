@@ -97,6 +97,10 @@ class Frame(NamedTuple):
     data: bytes | memoryview = b""
 
 
+_NO_JOB: Job[None] = Job(lambda message, data: None)
+_NO_JOB.finish({}, bytearray())
+
+
 class Connection:
     """A running worker and the job that it has."""
 
@@ -117,7 +121,7 @@ class Connection:
         self._outbox: SimpleQueue[Frame | None] = SimpleQueue()
         self._alarm = _timer(timeout, self._end, f"the worker did not answer within {timeout:g} s")
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._hear, self._write, self._read)]
-        frame.job.start(partial(self._cancel, frame))
+        self._prepare_to_cancel(frame)
         for thread in (self._alarm, *self._threads):
             thread.start()
 
@@ -133,7 +137,7 @@ class Connection:
             if not self._job.done():
                 raise RuntimeError("the worker is busy; wait until its job is done, or cancel that")
             self._job = frame.job
-        frame.job.start(partial(self._cancel, frame))
+        self._prepare_to_cancel(frame)
         self._outbox.put(frame)
         return True
 
@@ -143,10 +147,15 @@ class Connection:
         for thread in self._threads:
             thread.join(PATIENCE)
 
-    def _cancel(self, frame: Frame) -> None:
-        self._outbox.put(Frame(frame.job, {"request": "cancel", "id": frame.message["id"]}))
-        error = Cancelled("cancelled; the worker did not obey and was ended, so the next job takes longer to start")
-        _timer(PATIENCE, self._end, error, 0.0, frame.job).start()
+    def _prepare_to_cancel(self, frame: Frame) -> None:
+        job, request = frame.job, Frame(frame.job, {"request": "cancel", "id": frame.message["id"]})
+
+        def cancel() -> None:
+            self._outbox.put(request)
+            error = Cancelled("cancelled; the worker did not obey and was ended, so the next job takes longer to start")
+            _timer(PATIENCE, self._end, error, 0.0, job).start()
+
+        job.start(cancel)
 
     # ---- the three threads
 
@@ -208,6 +217,7 @@ class Connection:
                 self._job.tell(message["phase"], message["fraction"])
             case "result":
                 self._job.finish(message, data)
+                self._forget(self._job)
             case "failed":
                 kinds = {"Cancelled": Cancelled, "ValueError": ValueError}
                 error = kinds.get(message["kind"], RuntimeError)(message["message"])
@@ -216,6 +226,12 @@ class Connection:
                 self._job.fail(error)
             case other:
                 raise ValueError(f"the event {other!r} is unknown")
+
+    def _forget(self, job: Job[Any]) -> None:
+        """Lets go of a job that is done: its result is large."""
+        with self._lock:
+            if self._job is job:
+                self._job = _NO_JOB
 
     def _received(self, fraction: float) -> None:
         self._job.tell("receive", fraction)

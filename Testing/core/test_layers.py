@@ -52,6 +52,11 @@ def test_a_layer_loads_only_its_own_libraries(layer: int) -> None:
     assert set(loaded) <= set(ALLOWED[layer])
 
 
+def test_the_client_loads_numpy_alone() -> None:
+    code = f"import sys, m4oe.client; print(*(name for name in {(*HEAVY, 'psutil')} if name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split() == [b"numpy"]
+
+
 def test_slicer_is_not_needed_to_import_the_nodes_file() -> None:
     code = "import sys, m4oe.nodes; sys.exit('slicer' in sys.modules or 'vtk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

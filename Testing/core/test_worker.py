@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -12,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -164,11 +167,15 @@ def process_of(client: Client) -> str:
 
 def wait_until_gone(*processes: int) -> None:
     """Waits for the end of processes, though nobody may take notice of it."""
+    wait_for(lambda: not any(is_alive(pid) for pid in processes), f"{processes} live on")
+
+
+def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
     for _ in range(3000):
-        if not any(is_alive(pid) for pid in processes):
+        if condition():
             return
         time.sleep(0.01)
-    pytest.fail(f"{processes} live on")
+    pytest.fail(otherwise)
 
 
 def is_alive(pid: int) -> bool:
@@ -258,6 +265,14 @@ def test_a_volume_that_cannot_be_written_to_arrives_and_one_of_many_frames_too(s
     events: list[Event] = []
     assert np.array_equal(stand_in.segment(a_volume(array), device="echo", on_event=events.append)[0].array, array)
     assert [phase for phase, fraction in events if fraction == 1.0] == ["send", "receive"]
+
+
+def test_a_result_is_held_by_its_owner_alone(stand_in: Client) -> None:
+    volume = a_volume()
+    voxels, result = weakref.ref(volume.array), weakref.ref(stand_in.segment(volume, device="echo")[0])
+    del volume
+    gc.collect()
+    wait_for(lambda: voxels() is None and result() is None, "the client holds on to them")
 
 
 # ---- the predictor in another Python
@@ -364,9 +379,13 @@ def test_a_flood_on_stderr_does_not_disturb(stand_in: Client) -> None:
     assert stand_in.segment(a_volume(), device="flood")
 
 
-def test_of_a_flood_the_last_lines_are_kept(stand_in: Client) -> None:
+def test_of_a_flood_the_last_lines_are_kept_and_no_more(stand_in: Client) -> None:
+    tracemalloc.start()
     with pytest.raises(RuntimeError, match="exit code 3") as caught:
-        stand_in.segment(a_volume(), device="drown")
+        stand_in.segment(a_volume(), device="drown")  # 20 MB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
     assert str(caught.value).splitlines()[1:] == [f"last word {number}" for number in range(88, 100)]
 
 
