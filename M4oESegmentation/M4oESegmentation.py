@@ -22,7 +22,8 @@ if importlib.util.find_spec("m4oe") is None:  # run from the source tree, not fr
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "Core"))
 
 if TYPE_CHECKING:
-    from m4oe.predictor import Predictor, Report
+    from m4oe.jobs import Report
+    from m4oe.predictor import Predictor
     from slicer import vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode
 
 
@@ -91,7 +92,7 @@ class M4oESegmentationLogic(ScriptedLoadableModuleLogic):
             expert: "auto" lets the gate decide; the name of an expert overrules it.
             structures: Keys of the structures wanted, such as "liver"; None takes all of the model.
             progress: Called with the phase and the fraction done in [0, 1].
-            cancelled: Asked now and then; True stops with `m4oe.predictor.Cancelled`.
+            cancelled: Asked now and then; True stops with `m4oe.jobs.Cancelled`.
 
         Raises:
             ValueError: A node, the model, the expert or a structure cannot be used.

@@ -1,4 +1,4 @@
-"""The command line: `m4oe segment`, `evaluate`, `models`, `info`, `train`, `demo` and `data`.
+"""The command line: `m4oe segment`, `evaluate`, `models`, `info`, `train`, `demo`, `data` and `worker`.
 
 Exit codes: 0 all done, 1 an input failed, 2 the command itself cannot be carried out, 130 interrupted, 141
 output closed, 143 terminated.
@@ -31,7 +31,8 @@ from .train_command import add_train_command
 if TYPE_CHECKING:
     from .evaluation import Rules
     from .geometry import Volume
-    from .predictor import Predictor, Report
+    from .jobs import Report
+    from .predictor import Predictor
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha")
 _LABEL_MAP = "It seems to be a label map, not an image."
@@ -98,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo, format=FORMATS[0], preview=True)
 
     add_data_commands(commands)
+
+    worker = commands.add_parser("worker", help="segment for another program, such as Slicer, over stdin and stdout")
+    worker.set_defaults(run=_worker)
     return parser
 
 
@@ -503,6 +507,12 @@ def _compare(
             print(f"  {structure(key).name:<25}{dice[label]:.3f}")
         elif key in found_ml:
             print(f"  {structure(key).name:<25}absent; {found_ml[key]:.2f} mL found wrongly")
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from .worker import serve
+
+    serve()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .files import atomic_write
 from .geometry import Volume
 from .labelmap import SUFFIXES, file_stem, label_keys, label_values, read_label_map, uncropped
 from .labels import catalogue
-from .workers import WorkerLost, run_jobs
+from .parallel import WorkerLost, run_jobs
 
 Meanings = Mapping[int, str]  # structure by label value
 _MARK = re.compile(

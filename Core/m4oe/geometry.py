@@ -132,6 +132,39 @@ class Volume:
         return replace(self, array=array, grid=self.grid.to_axes(axes))
 
 
+def pack_volume(volume: Volume) -> tuple[dict[str, Any], memoryview]:
+    """All of a volume but its voxels, as JSON takes it, and the bytes of its voxels: its own where they lie in order.
+
+    Raises:
+        ValueError: The voxels are no numbers.
+    """
+    array = np.ascontiguousarray(volume.array)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{volume.name or 'the volume'} has voxels of type {array.dtype}, expected whole or floating-point numbers"
+        )
+    header = {
+        "dtype": array.dtype.str,
+        "shape": array.shape,
+        "affine": volume.grid.affine.tolist(),
+        "name": volume.name,
+        "modality": volume.modality,
+        "warnings": volume.warnings,
+    }
+    return header, array.reshape(-1).view(np.uint8).data
+
+
+def unpack_volume(header: dict[str, Any], data: bytes | bytearray) -> Volume:
+    """The volume that `pack_volume` took apart; its array is a view of `data`.
+
+    Raises:
+        ValueError: Header and data do not fit each other.
+    """
+    array = np.frombuffer(data, np.dtype(header["dtype"])).reshape(header["shape"])
+    grid = Grid(array.shape, np.array(header["affine"]))
+    return Volume(array, grid, header["name"], header["modality"], tuple(header["warnings"]))
+
+
 def nearest_rotation(direction: ArrayLike) -> NDArray[np.float64]:
     """The orthonormal [3, 3] matrix nearest to `direction` (least squares), of the same handedness."""
     left, _, right = np.linalg.svd(np.asarray(direction, dtype=np.float64))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from .cleanup import remove_islands
 from .geometry import Grid, Volume
+from .jobs import Cancelled, Report
 from .labels import Structure, structure
 from .network.moe import keep_top_k
 from .network.unet import MoESwinUNet
@@ -29,41 +29,6 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.6
-
-
-class Cancelled(RuntimeError):
-    """The user asked to stop; nothing was changed."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a prediction did and what to watch for.
-
-    Attributes:
-        expert_weights: Weights that were used, by expert; equal where the gate decides per token or channel.
-        gate: What the image gate said by itself, by expert: a probability of each; empty where it was not asked.
-        chosen_by: "user" who named the expert, "modality" as the header or HU left no choice or overruled the gate,
-            "gate", or "model" where a model has nothing to choose for the whole volume.
-        seconds: Wall time by phase; a GPU works on while the next phase begins.
-        peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
-        volumes_ml: Volume of each structure that was found.
-        warnings: Sentences for the user.
-    """
-
-    model: str
-    device: str
-    precision: str
-    expert_weights: dict[str, float]
-    gate: dict[str, float]
-    chosen_by: str
-    seconds: dict[str, float]
-    peak_memory_mib: dict[str, float]
-    volumes_ml: dict[str, float]
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """The report as indented JSON."""
-        return json.dumps(asdict(self), indent=2)
 
 
 @dataclass(frozen=True)
@@ -285,17 +250,21 @@ class Predictor:
         return remove_islands(labels, self.spec.label_keys, voxel_ml)
 
 
+def available_devices() -> list[str]:
+    """Names of the devices of this machine, the best first: "cuda:0", "cuda:1", "mps", "cpu"."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
 def find_device(name: str) -> torch.device:
     """The device of this name; "auto" is the first of CUDA, Apple's MPS and the CPU that is there.
 
     Raises:
         ValueError: There is no such device on this machine.
     """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available[:0] = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    available = available_devices()
+    if available[0] == "cuda:0":
+        available.insert(0, "cuda")
     if name == "auto":
         return torch.device(available[0])
     if name not in available:

@@ -12,11 +12,12 @@ import pytest
 
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
-    ("__init__", "labels", "names", "spec", "workers"),
+    ("__init__", "labels", "names", "spec", "jobs", "parallel"),
     ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
-    ("raster", "preview", "terminal", "data_commands", "train_report", "train_command", "__main__"),
+    ("raster", "preview", "terminal", "data_commands", "train_report", "train_command"),
+    ("worker", "connection", "client", "__main__"),
 )
 HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")
 ALLOWED = {0: (), 1: ("numpy", "SimpleITK", "nrrd"), 2: tuple(set(HEAVY) - {"vtk", "slicer"})}
@@ -50,6 +51,11 @@ def test_a_layer_loads_only_its_own_libraries(layer: int) -> None:
     code = f"import sys, {', '.join(names)}; print(*(name for name in {HEAVY} if name in sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert set(loaded) <= set(ALLOWED[layer])
+
+
+def test_the_client_loads_numpy_alone() -> None:
+    code = f"import sys, m4oe.client; print(*(name for name in {(*HEAVY, 'psutil')} if name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split() == [b"numpy"]
 
 
 def test_slicer_is_not_needed_to_import_the_nodes_file() -> None:

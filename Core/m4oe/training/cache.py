@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from ..files import atomic_write
 from ..geometry import Volume
+from ..parallel import WorkerLost, ignore_interrupts, run_jobs
 from ..spec import ModelSpec
-from ..workers import WorkerLost, ignore_interrupts, run_jobs
 from .data import Case, annotated_classes, make_case
 
 CANONICAL_VERSION = 1  # to be raised when the same volume gets other voxels on the canonical grid

@@ -15,7 +15,7 @@ from ..files import read_header, read_volume
 from ..geometry import Grid, Volume
 from ..labels import catalogue, structure
 from ..names import BACKGROUND
-from ..workers import ignore_interrupts
+from ..parallel import ignore_interrupts
 from .cases import CaseFiles, Finding, on_grid, read_labels, whole_planes
 
 _SIDE = 5.0  # mm by which a centre must lie on the wrong side

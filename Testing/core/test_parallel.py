@@ -14,9 +14,9 @@ import pytest
 from m4oe.evaluation_files import evaluate_files, pair_files
 from m4oe.files import write_segmentation
 from m4oe.geometry import Grid, Volume
+from m4oe.parallel import WorkerLost, run_jobs
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.training.cache import CaseSource, build_cache
-from m4oe.workers import WorkerLost, run_jobs
 
 pytest.importorskip("distributed")
 SPEC = ModelSpec(

@@ -1,0 +1,177 @@
+"""What a program and its worker tell each other, and the frames that carry it. Standard library only.
+
+A frame is one line of JSON, then as many bytes as its "bytes" says. The worker greets; then each request (segment,
+info, cancel) carries an id, and so do the events that answer it (progress, then result or failed).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import IO, Any, NamedTuple
+
+from .spec import ModelSpec
+
+PROTOCOL = 1
+GREETING = "m4oe"  # first key of the worker's first line
+_LONGEST_LINE = 64 * 1024 * 1024
+_CHUNK = 1024 * 1024
+
+
+class Cancelled(RuntimeError):
+    """The user asked to stop; nothing was changed."""
+
+
+class Event(NamedTuple):
+    """How far a job is.
+
+    Attributes:
+        phase: "send", "load" (only where the model is not in memory yet), those of the predictor, "receive".
+        fraction: Of the phase, in [0, 1].
+    """
+
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a prediction did and what to watch for.
+
+    Attributes:
+        expert_weights: Weights that were used, by expert; equal where the gate decides per token or channel.
+        gate: What the image gate said by itself, by expert: a probability of each; empty where it was not asked.
+        chosen_by: "user" who named the expert, "modality" as the header or HU left no choice or overruled the gate,
+            "gate", or "model" where a model has nothing to choose for the whole volume.
+        seconds: Wall time by phase; a GPU works on while the next phase begins.
+        peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
+        volumes_ml: Volume of each structure that was found.
+        warnings: Sentences for the user.
+    """
+
+    model: str
+    device: str
+    precision: str
+    expert_weights: dict[str, float]
+    gate: dict[str, float]
+    chosen_by: str
+    seconds: dict[str, float]
+    peak_memory_mib: dict[str, float]
+    volumes_ml: dict[str, float]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "warnings": tuple(values["warnings"])})
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model can run.
+
+    Attributes:
+        name: As the predictor takes it: "cuda:0", "mps", "cpu".
+        description: For people.
+        free_mib: Memory that is free now.
+    """
+
+    name: str
+    description: str
+    free_mib: float
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a worker is and has.
+
+    Attributes:
+        version: Of its m4oe.
+        python: Its interpreter.
+        problem: Why it cannot segment, or "".
+        devices: Best first; "auto" takes the first.
+        models: By path, the user's own first.
+        damaged: Sentence by path of models that cannot be used.
+    """
+
+    version: str
+    python: str
+    problem: str
+    devices: tuple[Device, ...]
+    models: Mapping[str, ModelSpec]
+    damaged: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """The information as one line of JSON."""
+        devices = [asdict(device) for device in self.devices]
+        models = {path: spec.to_json() for path, spec in self.models.items()}
+        return json.dumps({**vars(self), "devices": devices, "models": models})
+
+    @classmethod
+    def from_json(cls, text: str) -> Info:
+        """The information that `to_json` wrote."""
+        values = json.loads(text)
+        devices = tuple(Device(**device) for device in values["devices"])
+        models = {path: ModelSpec.from_json(spec) for path, spec in values["models"].items()}
+        return cls(**{**values, "devices": devices, "models": models})
+
+
+def send(
+    stream: IO[bytes],
+    message: Mapping[str, Any],
+    data: bytes | memoryview = b"",
+    sent: Callable[[float], None] | None = None,
+) -> None:
+    """Writes a frame to an unbuffered stream; `sent` hears the fraction of `data` [bytes] that is written.
+
+    Raises:
+        OSError: Nobody reads any more.
+    """
+    line = json.dumps({**message, "bytes": len(data)}) + "\n"
+    _write(stream, memoryview(line.encode("ascii")))
+    size, step = len(data), _step(len(data))
+    for start in range(0, size, step):
+        _write(stream, memoryview(data)[start : start + step])
+        if sent is not None:
+            sent(min(1.0, (start + step) / size))
+
+
+def receive(stream: IO[bytes], received: Callable[[float], None] | None = None) -> tuple[dict[str, Any], bytearray]:
+    """Reads a frame from a buffered stream; `received` hears the fraction of its data that is read.
+
+    Raises:
+        EOFError: The stream ended, maybe within a frame.
+        ValueError: This is no frame.
+    """
+    line = stream.readline(_LONGEST_LINE)
+    if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
+        raise EOFError("the other side has ended")
+    try:
+        message: dict[str, Any] = json.loads(line)
+        data = bytearray(message.pop("bytes"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a message in JSON, got {line[:80]!r}") from error
+    size, step = len(data), _step(len(data))
+    for start in range(0, size, step):
+        part = memoryview(data)[start : start + step]
+        if stream.readinto(part) < len(part):  # type: ignore[attr-defined]
+            raise EOFError("the other side has ended")
+        if received is not None:
+            received(min(1.0, (start + step) / size))
+    return message, data
+
+
+def _write(stream: IO[bytes], data: memoryview) -> None:
+    while data:
+        data = data[stream.write(data) :]
+
+
+def _step(size: int) -> int:
+    """Bytes between two calls that tell how far it is: at most a hundred calls."""
+    return max(_CHUNK, -(-size // 100))
