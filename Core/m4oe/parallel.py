@@ -81,14 +81,18 @@ def _on_cluster(
         from distributed import KilledWorker, as_completed
 
         futures = {client.submit(function, job, pure=False): key for key, job in jobs.items()}
+        suspects = []
         for future in as_completed(futures):
-            key, error = futures.pop(future), future.exception()
-            if error is None:
+            key = futures.pop(future)
+            try:
                 yield key, future.result()
-            elif isinstance(error, KilledWorker):
+            except KilledWorker:
+                suspects.append(key)
+        for key in suspects:  # each alone, as one that was beside a deadly job is blamed too
+            try:
+                yield key, client.submit(function, jobs[key], pure=False).result()
+            except KilledWorker:
                 yield key, WorkerLost("several workers of the cluster ended over it, maybe for lack of memory")
-            else:
-                raise error
 
 
 @contextmanager
