@@ -58,6 +58,7 @@ def a_data_set(folder: Path, *experts: str) -> Path:
     for expert in experts:
         for seed, split in enumerate(("train", "val", "test")):
             image, labels = a_volume(expert, seed)
+            labels.array[3, 18:, 18:] = 3 if "mr_t1ce" in experts else 0  # all annotate what is new
             write_volume(folder / f"{expert}_{seed}.nii.gz", image)
             write_volume(folder / f"{expert}_{seed}_label.nii.gz", labels)
             rows.append(f"{expert}_{seed},{'CT' if expert == 'ct' else 'MR'},{expert},{split}")
@@ -213,6 +214,7 @@ def test_an_added_modality_is_learned_with_what_it_alone_shows(extended: Path) -
     spec = read_spec(extended / "model.safetensors")
     assert spec.expert_names == ("ct", "mr_t1", "mr_t1ce") and spec.structures == ("liver", "spleen", "aorta")
     assert [expert.structures for expert in spec.experts[:2]] == [("liver", "spleen")] * 2
+    assert set(spec.scores["ct"]) == {"liver", "spleen"} and "aorta" in spec.scores["mr_t1ce"]
     predictor = Predictor(extended / "model.safetensors", "cpu", "float32")
     image = replace(a_volume("mr_t1ce", 7)[0], modality="MR")
     labels, report = predictor(image)
@@ -221,13 +223,16 @@ def test_an_added_modality_is_learned_with_what_it_alone_shows(extended: Path) -
     assert {"data", "of mr_t1ce"} <= set(spec.training)
 
 
-def test_a_run_that_adds_goes_on_to_the_same_end(base: Path, extended: Path, tmp_path: Path) -> None:
+def test_a_run_that_adds_is_not_trained_again_and_leaves_no_case_out(
+    base: Path, extended: Path, capsys: Captured
+) -> None:
     steps = (extended / "events.jsonl").read_text(encoding="utf-8").count('"event": "step"')
     with pytest.MonkeyPatch.context() as patch:
         make_tiny(patch, LONGER)
         add = ["--add-modality", "mr_t1ce", "--model", str(base / "model.safetensors")]
         assert main(["train", str(extended.parent / "set"), *add, "-o", str(extended)]) == 0
     assert (extended / "events.jsonl").read_text(encoding="utf-8").count('"event": "step"') == steps
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_without_cases_of_the_old_the_gate_never_prefers_the_new(base: Path, tmp_path: Path) -> None:

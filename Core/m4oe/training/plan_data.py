@@ -139,21 +139,22 @@ def _sources(plan: Plan, split: str, spec: ModelSpec) -> Sequence[CaseSource]:
     """Cases of a split whose expert the model has; names are "data set/case"."""
     wanted = {id(case) for case in (plan.unlabelled() if split == "unlabelled" else plan.cases(split))}
     return [
-        CaseSource(
-            name=f"{dataset.name}/{case.case}",
-            expert=spec.expert_index(_expert(case)),
-            annotated=tuple(key for key in spec.structures if key in case.annotated) if case.label else (),
-            content=(
-                case.image,
-                *([case.label] if case.label else []),
-                json.dumps([sorted(case.labels.items()), spec.structures]),
-            ),
-            load=partial(_load, case, spec.structures),
-        )
+        _source(f"{dataset.name}/{case.case}", case, spec)
         for dataset in plan.datasets
         for case in dataset.cases
         if id(case) in wanted and _expert(case) in spec.expert_names
     ]
+
+
+def _source(name: str, case: CaseFiles, spec: ModelSpec) -> CaseSource:
+    """A case with the structures that its annotators drew and its expert is to find."""
+    expert = spec.expert_index(_expert(case))
+    known = spec.experts[expert].structures or spec.structures
+    annotated = tuple(key for key in spec.structures if key in case.annotated and key in known) if case.label else ()
+    meanings = json.dumps([sorted(case.labels.items()), spec.structures])
+    content = (case.image, case.label, meanings) if case.label else (case.image,)
+    load = partial(_load, replace(case, annotated=annotated), spec.structures)
+    return CaseSource(name, expert, annotated, content, load)
 
 
 def _load(case: CaseFiles, structures: Sequence[str]) -> Any:
