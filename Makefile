@@ -36,6 +36,7 @@ benchmark: .venv/installed ## measure speed and memory
 	$(BIN)/python Testing/benchmarks/inference.py
 	$(BIN)/python Testing/benchmarks/memory.py
 	$(BIN)/python Testing/benchmarks/loading.py
+	$(BIN)/python Testing/benchmarks/training.py
 
 format: .venv/installed-test ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix-only --quiet

@@ -15,27 +15,24 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .data_commands import add_data_commands, add_sources, plan_folders
+from .data_commands import add_data_commands
 from .labels import structure
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, installed_models, model_folders, read_spec
+from .terminal import count, one_line, prepare_folder, progress_bar, say, say_error, score_table
+from .train_command import add_train_command
 
 if TYPE_CHECKING:
     from .evaluation import Rules
     from .geometry import Volume
     from .jobs import Report
     from .predictor import Predictor
-    from .training.config import TrainConfig
-    from .training.plan import Plan
-    from .training.ranks import Ranks
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha")
 _LABEL_MAP = "It seems to be a label map, not an image."
@@ -57,13 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ImportError as error:
-        return _say_error(
-            f"a package is missing or broken ({error}); pip install it, for a preview: pip install vtk", 2
-        )
+        return say_error(f"a package is missing or broken ({error}); pip install it, for a preview: pip install vtk", 2)
     except FAILURES as error:
-        return _say_error(error, 2)
+        return say_error(error, 2)
     except KeyboardInterrupt as stop:
-        return _say_error("interrupted; files already written are complete", *(stop.args or (130,)))
+        return say_error("interrupted; files already written are complete", *(stop.args or (130,)))
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -93,23 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="FILE", nargs="?", default=DEFAULT_MODEL, help="model file or name")
     info.set_defaults(run=_info)
 
-    train = commands.add_parser("train", help="train a model; the same command goes on with a run that stopped")
-    add_sources(train, "what to train on: a plan of m4oe data plan, or data sets, planned in OUT/plan.json", "*")
-    train.add_argument("--phantoms", action="store_true", help="on computer-made phantoms instead")
-    train.add_argument("--quick", action="store_true", help="in miniature, to see that training works")
-    train.add_argument("--preset", choices=("small", "full"), default="small", help="default: %(default)s")
-    train.add_argument("--length", type=float, default=1.0, metavar="F", help="times the preset's steps")
-    train.add_argument("--pretrain", type=int, default=0, metavar="N", help="steps of pretraining without labels")
-    train.add_argument(
-        "--init", metavar="FILE", help="timm, or a safetensors file of a Swin transformer, to start from"
-    )
-    train.add_argument("--name", default="m4oe", help="of the model; default: %(default)s")
-    train.add_argument("--cache", type=Path, metavar="FOLDER", help="for prepared cases; default: OUT/cache")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    train.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
-    train.add_argument("--json", action="store_true", help="print events as JSON, one per line")
-    train.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder of the run")
-    train.set_defaults(run=_train)
+    add_train_command(commands)
 
     demo = commands.add_parser("demo", help="segment a phantom and show the result")
     demo.add_argument("--input", type=Path, metavar="INPUT", help="segment this file or DICOM folder instead")
@@ -138,6 +117,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--preset", choices=("default", "flare"), default="default", help="rules of a challenge")
     evaluate.add_argument("--tolerance", type=_keys, metavar="MM|KEY=MM,..", help="of NSD; default: FLARE22's, else 2")
     evaluate.add_argument("--jobs", type=int, metavar="N", help="processes; default: up to 4")
+    evaluate.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that does it; or its file")
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -166,7 +146,7 @@ def _segment(options: argparse.Namespace) -> int:
         _record(options.output, _stem(path), {"error": error})
     outcomes: Counter[str] = Counter()
     for number, path in enumerate(inputs, start=1):
-        _say(f"{number}/{len(inputs)} {names[path]} ...")
+        say(f"{number}/{len(inputs)} {names[path]} ...")
         outcomes[_segment_file(predictor, path, names[path], options)] += 1
     done, skipped = outcomes["done"], outcomes["skipped"]
     skips = f", {skipped} skipped" if skipped else ""
@@ -188,13 +168,13 @@ def _find_inputs(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
                     _say_skipped(labels)
             inputs |= dict.fromkeys(find_inputs([path]))
         except (ValueError, OSError) as error:
-            failed[path] = _one_line(error)
-            _say_error(error, 1)
+            failed[path] = one_line(error)
+            say_error(error, 1)
     return list(inputs), failed
 
 
 def _say_skipped(path: Path) -> None:
-    _say(f"skipped {path}: it is a label map; name the file itself to segment it all the same")
+    say(f"skipped {path}: it is a label map; name the file itself to segment it all the same")
 
 
 def _case_names(inputs: Sequence[Path]) -> list[str]:
@@ -232,21 +212,9 @@ def _predictor(options: argparse.Namespace) -> Predictor:
 
 def _start(folder: Path, spec: ModelSpec) -> None:
     """Prepares the folder, refuses a table of somebody else before the work, and says what the model is not for."""
-    _prepare_folder(folder)
+    prepare_folder(folder)
     _entries(folder)
-    _say(f"{spec.name} {spec.version}: {spec.limits or 'Research use, not a medical device.'}")
-
-
-def _prepare_folder(folder: Path) -> None:
-    """Makes the folder and tries it, as hours of work must not end at a folder that cannot be written."""
-    if folder.is_file():
-        raise ValueError(f"cannot write into {folder}: it is a file; expected a folder for the results")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into {folder} ({error.strerror}); expected a folder with room") from error
+    say(f"{spec.name} {spec.version}: {spec.limits or 'Research use, not a medical device.'}")
 
 
 def _segment_file(predictor: Predictor, path: Path, name: str, options: argparse.Namespace) -> str:
@@ -262,8 +230,8 @@ def _segment_file(predictor: Predictor, path: Path, name: str, options: argparse
     except BrokenPipeError:  # nobody reads what is printed; the case itself is done
         raise
     except FAILURES as error:
-        sentence = _one_line(error if str(path) in str(error) else f"{path}: {error}")
-        _say_error(sentence, 1)
+        sentence = one_line(error if str(path) in str(error) else f"{path}: {error}")
+        say_error(sentence, 1)
         _record(options.output, name, {"error": sentence})
         return "failed"
     return "done"
@@ -286,17 +254,17 @@ def _segment_volume(
     """Writes the labels, adds the case to the tables and prints what was found."""
     from .files import write_segmentation
 
-    with _progress_bar(name) as show:
+    with progress_bar(name) as show:
         labels, report = predictor(volume, options.expert, options.structures, show)
         show("write", 1.0)
         target = options.output / f"{name}.{options.format}"
         written = write_segmentation(target, labels, predictor.spec.label_keys, report.model)
     files = [path.name for path in written]
     _record(options.output, name, {"input": str(source.absolute()), "files": files, **asdict(report)})
-    found = _count(len(report.volumes_ml), "structure")
+    found = count(len(report.volumes_ml), "structure")
     print(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s", flush=True)
     for warning in report.warnings:
-        _say(f"m4oe: warning: {name}: {warning}")
+        say(f"m4oe: warning: {name}: {warning}")
     return labels, report
 
 
@@ -316,21 +284,6 @@ def _draw(
 
     title = f"{name}   {report.model}   {_experts(report)}"
     write_preview(options.output / f"{name}.png", volume, labels, predictor.spec.label_keys, title)
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
-    """Yields what shows phase and fraction on a bar; there is none where stderr is no terminal."""
-    from tqdm import tqdm
-
-    style = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=1.0, desc=title, bar_format=style, leave=False, disable=None) as bar:
-
-        def show(phase: str, fraction: float) -> None:
-            bar.n = fraction
-            bar.set_postfix_str(phase)
-
-        yield show
 
 
 def _record(folder: Path, case: str, entry: Mapping[str, Any]) -> None:
@@ -354,9 +307,9 @@ def _record(folder: Path, case: str, entry: Mapping[str, Any]) -> None:
         ):
             csv.writer(file).writerows([_COLUMNS, *_rows(entries)])
     if "files" in entry and earlier.get("input", entry["input"]) != entry["input"]:
-        _say(f"m4oe: warning: {case}: replaces the earlier result of {earlier['input']}")
+        say(f"m4oe: warning: {case}: replaces the earlier result of {earlier['input']}")
     if stale := [name for name in earlier.get("files", ()) if "files" in entry and name not in entry["files"]]:
-        _say(f"m4oe: warning: {case}: {', '.join(stale)} in {folder} may be of an earlier run")
+        say(f"m4oe: warning: {case}: {', '.join(stale)} in {folder} may be of an earlier run")
 
 
 @contextmanager
@@ -419,17 +372,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     labels = _meanings(options.predicted_labels) or truth_labels
     jobs = options.jobs or min(4, os.cpu_count() or 1)
     pairs = [pair_files(place, options.truth) for place in places]
-    _prepare_folder(options.output)
+    prepare_folder(options.output)
     evaluations = []
     for place, name, paired in zip(places, _model_names(places), pairs, strict=True):
-        with _progress_bar(name) as show:
-            evaluations.append(evaluate_files(paired, name, rules, keys, truth_labels, labels, jobs, show))
+        with progress_bar(name) as show:
+            evaluations.append(
+                evaluate_files(paired, name, rules, keys, truth_labels, labels, jobs, options.scheduler, show)
+            )
         for case, problem in evaluations[-1].problems.items():
-            _say_error(f"{name}: {case}: {problem}", 1)
+            say_error(f"{name}: {case}: {problem}", 1)
         for note in evaluations[-1].notes:
-            _say(f"m4oe: warning: {name}: {note}")
+            say(f"m4oe: warning: {name}: {note}")
         if not evaluations[-1].scores:
-            return _say_error(f"nothing in {place} could be scored against {options.truth}", 1)
+            return say_error(f"nothing in {place} could be scored against {options.truth}", 1)
     summary = write_evaluation(options.output, evaluations, options.truth, rules)
     print("\n".join(map(score_table, summary["models"])))
     print(f"report: {options.output / 'report.html'}")
@@ -472,10 +427,10 @@ def _models(options: argparse.Namespace) -> int:
     for path in paths:
         try:
             spec = read_spec(path)
-            kind = f"{_count(len(spec.structures), 'structure')}, experts {', '.join(spec.expert_names)}"
+            kind = f"{count(len(spec.structures), 'structure')}, experts {', '.join(spec.expert_names)}"
             print(f"{path.stem}  version {spec.version}, {kind}, {path.stat().st_size / 1e6:.1f} MB  {path}")
         except ValueError as error:
-            code = _say_error(error, 1)
+            code = say_error(error, 1)
     if not paths:
         print(f"no model is installed; they are looked for in {' and '.join(map(str, model_folders()))}")
     return code
@@ -488,7 +443,7 @@ def _info(options: argparse.Namespace) -> int:
     lines.append(f"licence: {spec.licence or 'not given'}")
     lines += [line for key, value in spec.training.items() for line in _fact(f"training {key}", value)]
     lines.append(f"input: {spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker\n")
-    print("\n".join(line for line in (*lines, _score_table(spec)) if line))
+    print("\n".join(line for line in (*lines, score_table(spec)) if line))
     return 0
 
 
@@ -500,95 +455,10 @@ def _fact(key: str, value: object) -> list[str]:
 def _item(item: object) -> str:
     match item:
         case [str(stage), int(steps), float(rate)]:
-            return f"{stage}: {_count(steps, 'step')}, learning rate {rate:g}"
+            return f"{stage}: {count(steps, 'step')}, learning rate {rate:g}"
         case list():
             return ", ".join(map(str, item))
     return str(item)
-
-
-def _score_table(spec: ModelSpec) -> str:
-    """Dice by structure and expert, as text."""
-    width = max(10, *(len(name) + 2 for name in spec.expert_names))
-    data = spec.training.get("data")
-    lines = [f"Scored on cases that training did not see{f' (training data: {data})' if data else ''}:"]
-    lines.append("Dice".ljust(24) + "".join(name.rjust(width) for name in spec.expert_names))
-    for key in spec.structures:
-        values = [spec.scores.get(name, {}).get(key) for name in spec.expert_names]
-        lines.append(key.ljust(24) + "".join(("-" if v is None else f"{v:.3f}").rjust(width) for v in values))
-    return "\n".join(lines)
-
-
-def _train(options: argparse.Namespace) -> int:
-    from .training.config import DEMO, FULL, QUICK, SMALL
-    from .training.loop import train
-    from .training.phantom_data import phantom_data, score_on_phantoms
-    from .training.plan_data import plan_config, plan_data, score_on_plan
-    from .training.ranks import joined_ranks, local_device
-    from .training.start import start_network
-
-    if bool(options.folders) == options.phantoms:
-        raise ValueError("expected a plan of m4oe data plan, folders with data sets, or --phantoms")
-    _prepare_folder(options.output)
-    say = _print_json if options.json else _print_event
-    with joined_ranks() as ranks:
-        if options.phantoms:
-            config = replace(QUICK if options.quick else DEMO, seed=options.seed)
-            phantoms, unseen = (8, 2) if options.quick else (60, 5)
-            data = phantom_data(config, phantoms, say)
-            score: Callable[[Path], object] = partial(score_on_phantoms, count=unseen, emit=say)
-        else:
-            plan = _training_plan(options, ranks)
-            preset = {"quick": QUICK, "small": SMALL, "full": FULL}["quick" if options.quick else options.preset]
-            config = plan_config(_with_options(preset, options), plan)
-            data = plan_data(config, plan, options.cache or options.output / "cache", say)
-            score = partial(score_on_plan, plan=plan, emit=say)
-        start = start_network(options.init, config, len(data.spec.structures) + 1) if options.init else None
-        device = local_device() if options.device == "auto" else options.device
-        model = train(config, data, options.output, say, ranks, device, start)
-        if ranks.rank == 0:
-            score(model)
-            print(f"\n{_score_table(read_spec(model))}\n\nmodel: {model}")
-    return 0
-
-
-def _training_plan(options: argparse.Namespace, ranks: Ranks) -> Plan:
-    """The plan that was named, or the one of the folders, which a run that goes on finds beside it."""
-    from .training.plan import read_plan
-
-    path = options.folders[0] if options.folders[0].is_file() else options.output / "plan.json"
-    if not path.exists() and ranks.rank == 0:
-        plan_folders(options, path)
-    ranks.wait()
-    return read_plan(path)
-
-
-def _with_options(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
-    """The preset with the options' name and seed, and its stages as many times as long."""
-    from .training.config import Stage
-
-    stages = tuple(replace(stage, steps=max(1, round(options.length * stage.steps))) for stage in config.stages)
-    if options.pretrain:
-        stages = (Stage("pretrain", options.pretrain, stages[0].learning_rate), *stages)
-    return replace(config, name=options.name, seed=options.seed, stages=stages)
-
-
-def _print_json(event: Mapping[str, Any]) -> None:
-    print(json.dumps(event), flush=True)
-
-
-def _print_event(event: Mapping[str, Any]) -> None:
-    if event["event"] == "step":
-        losses = ", ".join(f"{key} {value:.3f}" for key, value in event["loss"].items())
-        step = f"{event['stage']} {event['step']}/{event['steps']}"
-        print(f"{step}: loss {losses}; {event['seconds']:.0f} s", flush=True)
-    elif event["event"] == "validated":
-        print(f"{event['stage']} {event['step']}: validation Dice {event['score']:.3f}", flush=True)
-    elif event["event"] == "left out":
-        _say(f"m4oe: warning: {event['case']} is left out: {event['reason']}")
-    elif event["event"] == "resumed":
-        print(f"goes on at step {event['step']} of stage {event['stage'] + 1}", flush=True)
-    elif event["event"] == "phantoms":
-        print(f"phantoms {event['made']}/{event['of']}", flush=True)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -603,7 +473,7 @@ def _demo(options: argparse.Namespace) -> int:
     _start(options.output, predictor.spec)
     if phantom:
         write_volume(image, volume)
-    _say(f"1/1 {name} ...")
+    say(f"1/1 {name} ...")
     labels, report = _segment_volume(predictor, volume, name, image, options)
     _draw(predictor, volume, labels, report, name, options)
     print("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in report.seconds.items()))
@@ -643,23 +513,6 @@ def _worker(options: argparse.Namespace) -> int:
     from .worker import serve
 
     serve()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())  # whatever a library says
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _say_error(error: object, code: int) -> int:
-    _say(f"m4oe: error: {_one_line(error)}")
-    return code
 
 
 if __name__ == "__main__":

@@ -5,12 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +15,7 @@ from .files import atomic_write
 from .geometry import Volume
 from .labelmap import SUFFIXES, file_stem, label_keys, label_values, read_label_map, uncropped
 from .labels import catalogue
+from .parallel import WorkerLost, run_jobs
 
 Meanings = Mapping[int, str]  # structure by label value
 _MARK = re.compile(
@@ -27,7 +24,6 @@ _MARK = re.compile(
 _CHANNEL = re.compile(r"_0000$")  # nnU-Net's first channel, in the names of images
 _KIND = re.compile(r"^(im|img|image|lb|labels?)[_-]?(?=\d)", re.IGNORECASE)
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)
-_LOST = "its process ended, maybe for lack of memory; try again with fewer jobs"
 
 
 @dataclass
@@ -124,6 +120,7 @@ def evaluate_files(
     truth_meanings: Meanings | None = None,
     predicted_meanings: Meanings | None = None,
     jobs: int = 1,
+    scheduler: str | None = None,
     on_case: Callable[[str, float], None] = lambda case, fraction: None,
 ) -> Evaluation:
     """Scores all pairs; a case that fails is named and stops no other.
@@ -136,6 +133,7 @@ def evaluate_files(
         truth_meanings: Structure by label value, for truths that do not say it themselves.
         predicted_meanings: The same for predictions.
         jobs: Processes.
+        scheduler: Of a Dask cluster that does it instead, see `run_jobs`.
         on_case: Called after every case with its name and the part of the work that is done.
     """
     problems, known = dict(pairs.problems), {}
@@ -148,9 +146,10 @@ def evaluate_files(
     annotated = tuple(key for key in catalogue() if key in wanted)
     tasks = [_Task(case, *pairs.cases[case], predicted_meanings, truth_meanings, annotated, rules) for case in known]
     results = []
-    for number, result in enumerate(_run(tasks, jobs), start=1):
-        results.append(result)
-        on_case(result.case, number / len(tasks))
+    scored = run_jobs(_score_files, {task.case: task for task in tasks}, jobs, scheduler)
+    for number, (case, result) in enumerate(scored, start=1):
+        results.append(_Result(case, [], str(result)) if isinstance(result, WorkerLost) else result)
+        on_case(case, number / len(tasks))
     results.sort(key=lambda result: result.case)
     problems |= {result.case: result.problem for result in results if result.problem}
     notes = pairs.notes + [f"{result.case}: {note}" for result in results for note in result.notes]
@@ -196,28 +195,6 @@ def _by_case(place: Path, notes: list[str]) -> dict[str, list[Path]]:
 def _rank(path: Path) -> int:
     """How surely a file is a label map, among those of a case."""
     return 2 if path.name.lower().endswith(".seg.nrrd") else int(bool(_MARK.search(_CHANNEL.sub("", file_stem(path)))))
-
-
-def _run(tasks: list[_Task], jobs: int) -> Iterator[_Result]:
-    """The results in the order in which they come."""
-    if min(jobs, len(tasks)) < 2:
-        yield from map(_score_files, tasks)
-        return
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_ignore_interrupts)
-    try:
-        futures = {pool.submit(_score_files, task): task.case for task in tasks}
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                yield _Result(futures[future], [], _LOST)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what an interruption means
 
 
 def _score_files(task: _Task) -> _Result:

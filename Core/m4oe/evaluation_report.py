@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from . import __version__
 from .evaluation import COMPARED, FEWEST_PAIRS, Rules, Score, compare, summarise
 from .evaluation_files import Evaluation, write_json, write_scores
-from .files import atomic_write
 from .labels import catalogue
+from .page import (
+    BOTTOM,
+    LEFT,
+    TOP,
+    WIDTH,
+    Axis,
+    axis_over,
+    bad,
+    grid_lines,
+    listing,
+    number,
+    small,
+    structure_cell,
+    table,
+    write_page,
+)
 
 _TITLES = {
     "dice": "Dice",
@@ -26,7 +40,7 @@ _TITLES = {
 _PLACES = {"dice": 3, "nsd": 3, "hd95_mm": 1}  # decimals
 _FEWEST_IN_BOX = 5  # fewer cases are drawn as points alone
 _WORST = 10
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW = 620, 150, 16, 6, 26, 18  # of a plot, in pixels
+_ROW = 18  # of a plot, in pixels
 
 
 def write_evaluation(folder: Path, evaluations: Sequence[Evaluation], truth: Path, rules: Rules) -> dict[str, Any]:
@@ -53,8 +67,8 @@ def write_evaluation(folder: Path, evaluations: Sequence[Evaluation], truth: Pat
         summary["comparison"] = compare(evaluations[0].scores, evaluations[1].scores)
     write_scores(folder / "cases.csv", evaluations)
     write_json(folder / "summary.json", summary)
-    with atomic_write(folder / "report.html") as new:
-        new.write_text(_page(summary, evaluations), encoding="utf-8", errors="backslashreplace")
+    names = " against ".join(evaluation.name for evaluation in evaluations)
+    write_page(folder / "report.html", f"Evaluation: {names}", _parts(summary, evaluations))
     return summary
 
 
@@ -62,7 +76,7 @@ def score_table(model: Mapping[str, Any]) -> str:
     """Means and counts by structure of one of the summary's models, as text."""
 
     def row(name: str, means: Mapping[str, float | None]) -> str:
-        return name.ljust(29) + "".join(_number(means[metric], places).rjust(9) for metric, places in _PLACES.items())
+        return name.ljust(29) + "".join(number(means[metric], places).rjust(9) for metric, places in _PLACES.items())
 
     lines = [f"{model['name']}: {model['cases']} cases".ljust(29) + "     Dice      NSD  HD95 mm  cases  missed  false"]
     for key, entry in model["structures"].items():
@@ -120,8 +134,7 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
 # The page
 
 
-def _page(summary: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> str:
-    names = " against ".join(evaluation.name for evaluation in evaluations)
+def _parts(summary: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> list[str]:
     parts = [
         "<h1>Evaluation</h1>",
         f"<p>Truth: {escape(summary['truth'])}. M4oE {__version__}, {summary['date']}. "
@@ -137,54 +150,7 @@ def _page(summary: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> str:
     parts += ["<h2>Distributions</h2>", _legend(evaluations), '<div class="plots">']
     parts += [_plot(metric, evaluations) for metric in _TITLES]
     parts += ["</div>", "<h2>Cases to look at</h2>", *map(_worst_cases, evaluations)]
-    parts += ["<h2>How it was computed</h2>", _list(summary["rules"])]
-    title = f"Evaluation: {names}"
-    return _TEMPLATE.format(title=escape(title), style=_STYLE, body="\n".join(part for part in parts if part))
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --page: #ffffff; --muted: #66717f; --line: #dde2e8; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ee; --page: #14181e; --muted: #97a2b0; --line: #313a45; --bad: #ff8a80; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 1290px;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; overflow-wrap: anywhere; }
-h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-p, li { max-width: 95ch; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .9rem; }
-th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--muted); vertical-align: bottom; }
-th:first-child, td:first-child, td:has(i.swatch) { text-align: left; }
-tfoot td { font-weight: 600; border-bottom: none; }
-.bad, .trouble { color: var(--bad); }
-.muted { color: var(--muted); }
-i.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em;
-  outline: 1px solid var(--line); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 540px), 1fr)); gap: 1rem 2rem; }
-figure { margin: 0; }
-figcaption { font-weight: 600; }
-svg { width: 100%; height: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
-svg .grid { stroke: var(--line); }
-svg .zero { stroke: var(--muted); }
-svg .second { fill-opacity: 0; stroke-dasharray: 3 2; }
-"""
+    return [*parts, "<h2>How it was computed</h2>", listing(summary["rules"])]
 
 
 def _trouble(model: Mapping[str, Any]) -> str:
@@ -192,48 +158,32 @@ def _trouble(model: Mapping[str, Any]) -> str:
     parts = [f"<p>Cases scored: {model['cases']}.</p>"]
     if problems:
         parts.append(f'<p class="trouble">Cases without scores, which enter nothing below: {len(problems)}.</p>')
-        parts.append(_list(problems))
+        parts.append(listing(problems))
     if model["notes"]:
-        parts.append(f"<p>Notes:</p>{_list(model['notes'])}")
+        parts.append(f"<p>Notes:</p>{listing(model['notes'])}")
     return "\n".join(parts)
-
-
-def _list(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]], foot: Sequence[str] = ()) -> str:
-    """Of cells that are HTML already."""
-    body = "\n".join(f"<tr>{_cells(row)}</tr>" for row in rows)
-    end = f"<tfoot><tr>{_cells(foot)}</tr></tfoot>" if foot else ""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>{end}</table></div>'
-
-
-def _cells(cells: Iterable[str]) -> str:
-    return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _summary_table(model: Mapping[str, Any]) -> str:
     head = ("Structure", "Cases", "Dice", "NSD", "Tolerance", "HD95 mm", "Volume error %", "Missed", "False positives")
     rows = [_summary_row(key, entry) for key, entry in model["structures"].items()]
-    dice, nsd, hd95 = (_number(model["mean_of_structures"][metric], places) for metric, places in _PLACES.items())
+    dice, nsd, hd95 = (number(model["mean_of_structures"][metric], places) for metric, places in _PLACES.items())
     text = "Mean ± standard deviation, below it median [quartiles]; cases: those whose truth has the structure."
-    return f"<p>{text}</p>" + _table(head, rows, ("Mean of structures", "", dice, nsd, "", hd95, "", "", ""))
+    return f"<p>{text}</p>" + table(head, rows, ("Mean of structures", "", dice, nsd, "", hd95, "", "", ""))
 
 
 def _summary_row(key: str, entry: Mapping[str, Any]) -> list[str]:
     false = f"{entry['false_positives']} ({entry['false_positive_ml']:.1f} mL)" if entry["false_positives"] else "0"
     return [
-        _structure(key),
+        structure_cell(key),
         f"{entry['in_truth']} of {entry['cases']}",
         _distribution(entry["dice"], 3),
         _distribution(entry["nsd"], 3),
         f"{entry['nsd_tolerance_mm']:g} mm",
         _distribution(entry["hd95_mm"], 1),
         _distribution(entry["volume_error_percent"], 1),
-        _bad(str(entry["missed"]), entry["missed"]),
-        _bad(false, entry["false_positives"]),
+        bad(str(entry["missed"]), entry["missed"]),
+        bad(false, entry["false_positives"]),
     ]
 
 
@@ -253,7 +203,7 @@ def _comparison(comparison: Mapping[str, Any], first: str, second: str) -> str:
     structures = comparison[COMPARED[0]]["structures"]
     rows = [
         [
-            _structure(key),
+            structure_cell(key),
             *(cell for metric in COMPARED for cell in _difference(metric, comparison[metric]["structures"][key])),
         ]
         for key in structures
@@ -262,20 +212,20 @@ def _comparison(comparison: Mapping[str, Any], first: str, second: str) -> str:
         "All structures",
         *(cell for metric in COMPARED for cell in _difference(metric, comparison[metric]["overall"])),
     ]
-    return f"<p>{escape(text)}</p>{_table(head, rows, foot)}"
+    return f"<p>{escape(text)}</p>{table(head, rows, foot)}"
 
 
 def _difference(metric: str, entry: Mapping[str, Any]) -> tuple[str, str, str]:
     """Difference with its interval, p value, pairs."""
     places = _PLACES[metric]
     p = entry["p"] if entry["p_holm"] is None else entry["p_holm"]
-    interval = ", ".join(_number(value, places, sign=True) for value in entry["interval"] or ())
+    interval = ", ".join(number(value, places, sign=True) for value in entry["interval"] or ())
     tally = f"{entry['higher']} higher, {entry['equal']} equal, {entry['lower']} lower"
     left_out = f"{entry['left_out']} left out" if entry["left_out"] else ""
     return (
-        _number(entry["mean_difference"], places, sign=True) + (_small(f"[{interval}]") if interval else ""),
+        number(entry["mean_difference"], places, sign=True) + (small(f"[{interval}]") if interval else ""),
         _p_value(p),
-        f'<span title="{tally}">{entry["n"]}</span>' + (_small(left_out) if left_out else ""),
+        f'<span title="{tally}">{entry["n"]}</span>' + (small(left_out) if left_out else ""),
     )
 
 
@@ -286,47 +236,27 @@ def _worst_cases(evaluation: Evaluation) -> str:
     head = ("Case", "Structure", "Outcome", "Dice", "NSD", "HD95 mm", "True mL", "Predicted mL")
     rows = [_case_row(score) for score in (*low[:_WORST], *false[:_WORST])]
     name = f"<h3>{escape(evaluation.name)}: lowest Dice, largest false positives</h3>"
-    return name + _table(head, rows) if rows else ""
+    return name + table(head, rows) if rows else ""
 
 
 def _case_row(score: Score) -> list[str]:
     return [
         escape(score.case),
-        _structure(score.structure),
-        _bad(score.outcome, score.outcome != "both"),
-        _number(score.dice, 3),
-        _number(score.nsd, 3),
-        _number(score.hd95_mm, 1),
-        _number(score.truth_ml, 1),
-        _number(score.predicted_ml, 1),
+        structure_cell(score.structure),
+        bad(score.outcome, score.outcome != "both"),
+        number(score.dice, 3),
+        number(score.nsd, 3),
+        number(score.hd95_mm, 1),
+        number(score.truth_ml, 1),
+        number(score.predicted_ml, 1),
     ]
-
-
-def _structure(key: str) -> str:
-    entry = catalogue()[key]
-    return f'<i class="swatch" style="background: rgb{entry.color}"></i>{escape(entry.name)}'
-
-
-def _bad(text: str, is_bad: object) -> str:
-    return f'<span class="bad">{text}</span>' if is_bad else text
 
 
 def _distribution(entry: Mapping[str, Any] | None, places: int) -> str:
     if entry is None:
         return "–"
-    mean, sd, median, q1, q3 = (_number(entry[name], places) for name in ("mean", "sd", "median", "q1", "q3"))
-    return f"{mean} ± {sd}{_small(f'{median} [{q1}, {q3}]')}" if entry["n"] > 1 else mean
-
-
-def _small(text: str) -> str:
-    """On a line of its own."""
-    return f'<br><span class="muted">{text}</span>'
-
-
-def _number(value: float | None, places: int, sign: bool = False) -> str:
-    if value is None:
-        return "–"
-    return f"{round(value, places) + 0.0:{'+' if sign else ''}.{places}f}".replace("-", "−")  # + 0.0: no minus zero
+    mean, sd, median, q1, q3 = (number(entry[name], places) for name in ("mean", "sd", "median", "q1", "q3"))
+    return f"{mean} ± {sd}{small(f'{median} [{q1}, {q3}]')}" if entry["n"] > 1 else mean
 
 
 def _p_value(p: float | None) -> str:
@@ -334,16 +264,6 @@ def _p_value(p: float | None) -> str:
 
 
 # Box plots
-
-
-class _Axis(NamedTuple):
-    low: float
-    high: float
-    ticks: list[float]
-
-    def x(self, value: float) -> float:
-        """Pixels from the left border."""
-        return _LEFT + (value - self.low) / (self.high - self.low) * (_WIDTH - _LEFT - _RIGHT)
 
 
 def _legend(evaluations: Sequence[Evaluation]) -> str:
@@ -363,19 +283,19 @@ def _plot(metric: str, evaluations: Sequence[Evaluation]) -> str:
     values = [value for group in groups for cases in group.values() for value in cases.values()]
     if not values:
         return ""
-    axis = _axis([*values, 1.0 if metric in ("dice", "nsd") else 0.0])
-    height = _TOP + len(keys) * (len(groups) * _ROW + 8) + _BOTTOM
-    marks = [_grid(axis, height - _BOTTOM)]
+    axis = axis_over([*values, 1.0 if metric in ("dice", "nsd") else 0.0])
+    height = TOP + len(keys) * (len(groups) * _ROW + 8) + BOTTOM
+    marks = [grid_lines(axis, height - BOTTOM)]
     for row, key in enumerate(keys):
-        top = _TOP + row * (len(groups) * _ROW + 8)
+        top = TOP + row * (len(groups) * _ROW + 8)
         middle = top + len(groups) * _ROW / 2
         marks.append(
-            f'<text x="{_LEFT - 8}" y="{middle + 8:g}" text-anchor="end">{escape(catalogue()[key].name)}</text>'
+            f'<text x="{LEFT - 8}" y="{middle + 8:g}" text-anchor="end">{escape(catalogue()[key].name)}</text>'
         )
-        for number, group in enumerate(groups):
-            marks.append(_box(group.get(key, {}), axis, top + 4 + (number + 0.5) * _ROW, key, number))
+        for place, group in enumerate(groups):
+            marks.append(_box(group.get(key, {}), axis, top + 4 + (place + 0.5) * _ROW, key, place))
     title = escape(_TITLES[metric])
-    drawing = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{title}">{"".join(marks)}</svg>'
+    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">{"".join(marks)}</svg>'
     return f"<figure><figcaption>{title}</figcaption>{drawing}</figure>"
 
 
@@ -389,27 +309,7 @@ def _values(metric: str, evaluation: Evaluation) -> dict[str, dict[str, float]]:
     return found
 
 
-def _axis(values: Sequence[float]) -> _Axis:
-    """An axis over all values that ends at ticks."""
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    rough = 10 ** math.floor(math.log10(span))
-    step = next(factor * rough for factor in (0.2, 0.5, 1, 2) if span / (factor * rough) <= 6)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    first -= int(first == last)
-    return _Axis(first * step, last * step, [number * step for number in range(first, last + 1)])
-
-
-def _grid(axis: _Axis, bottom: float) -> str:
-    lines = []
-    for tick in axis.ticks:
-        kind, x = "zero" if tick == 0 else "grid", axis.x(tick)
-        lines.append(f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        lines.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:.4g}</text>'.replace(">-", ">−"))
-    return "".join(lines)
-
-
-def _box(cases: Mapping[str, float], axis: _Axis, y: float, key: str, number: int) -> str:
+def _box(cases: Mapping[str, float], axis: Axis, y: float, key: str, number: int) -> str:
     """Box, whiskers and points of one structure and model around the height `y`."""
     color = f"rgb{catalogue()[key].color}"
     points = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ class ModelSpec:
             )
         return [self.structures.index(key) + 1 for key in keys]
 
-    def classes_of(self, experts: Sequence[int]) -> list[int]:
+    def classes_of(self, experts: Iterable[int]) -> list[int]:
         """Label values that any of these experts, by position, learned to find, and 0 for the background."""
         known = [set(self.labels_of(self.experts[index].structures or self.structures)) for index in experts]
         return sorted({0}.union(*known))

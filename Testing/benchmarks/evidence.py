@@ -1,7 +1,8 @@
 """Experiments behind Docs/evidence.md: each can be stopped, goes on where it was, and ends in JSON and a table.
 
-    python Testing/benchmarks/evidence.py anatomy FOLDER -o OUT    cross-validation on CHAOS T2 (pairs of NIfTI)
-    python Testing/benchmarks/evidence.py mixture -o OUT           dense, channel gate, soft and top-1 gate, one each
+    python Testing/benchmarks/evidence.py -o OUT anatomy FOLDER   cross-validation on CHAOS T2 (pairs of NIfTI)
+    python Testing/benchmarks/evidence.py -o OUT mixture          dense, channel gate, soft and top-1 gate, one each
+    python Testing/benchmarks/evidence.py -o OUT addition         one modality more, and the same trained alone
 
 Seconds are processor seconds of this process, so that other load on the machine counts little.
 """
@@ -21,13 +22,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from m4oe.evaluation import Score, dice_scores
 from m4oe.files import atomic_write
 from m4oe.geometry import Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.predictor import Predictor
-from m4oe.spec import ModelSpec
+from m4oe.spec import NetworkSpec, read_spec
 from m4oe.training.cases import CaseFiles, DataSet, load_case
 from m4oe.training.check import check_cases
 from m4oe.training.config import DEMO, QUICK, Stage, TrainConfig
@@ -37,7 +39,9 @@ from m4oe.training.loop import TrainingData, train
 from m4oe.training.phantom import MODALITIES, STRUCTURES, make_phantom
 from m4oe.training.phantom_data import phantom_data
 from m4oe.training.plan import make_plan
-from m4oe.training.plan_data import plan_config, plan_data, score_on_plan
+from m4oe.training.plan_data import addition_config, held_back, plan_config, plan_data
+from m4oe.training.score import score_model
+from m4oe.training.start import start_addition
 from torch.utils.flop_counter import FlopCounterMode
 
 CHAOS_LABELS = {1: "liver", 2: "kidney_right", 3: "kidney_left", 4: "spleen"}
@@ -74,8 +78,9 @@ def run_fold(dataset: DataSet, fold: int, config: TrainConfig, output: Path) -> 
     of_fold = replace(dataset, cases=cases)
     plan, _ = make_plan([of_fold], {dataset.name: list(check_cases(cases))}, val=0.0, test=0.0)
     config = plan_config(config, plan)
-    model = train(config, plan_data(config, plan, output / "cache", say), output / f"fold{fold}", say)
-    return score_on_plan(model, plan, say)
+    data = plan_data(config, plan, output / "cache", say)
+    model = train(config, data, output / f"fold{fold}", say)
+    return [score for result in score_model(model, held_back(plan, data.spec), say) for score in result.scores]
 
 
 def anatomy_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -96,9 +101,10 @@ def anatomy_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # Does the mixture earn its keep?
 
-STEPS = (320, 140, 120)  # that train the segmentation, in every arm; the gate's own are cheap and come on top
+STEPS = (800, 350, 250)  # that train the segmentation, in every arm; the gate's own are cheap and come on top
 RATES = (2e-3, 1e-3, 1e-3)
 PHANTOMS, UNSEEN = 24, 4  # per modality
+MIXTURE = replace(QUICK, images=2)
 FLARE = (
     "liver", "kidney_right", "spleen", "pancreas", "aorta", "inferior_vena_cava", "adrenal_gland_right",
     "adrenal_gland_left", "gallbladder", "esophagus", "stomach", "duodenum", "kidney_left",
@@ -108,7 +114,7 @@ FLARE = (
 def stages(*names: str) -> tuple[Stage, ...]:
     """The three of the segmentation, all arms alike, with the gate's where they are asked for."""
     thirds = iter(zip(STEPS, RATES, (0.5, 0.5, 0.0), strict=True))
-    return tuple(Stage("gate", 250, 2e-2) if name == "gate" else Stage(name, *next(thirds)) for name in names)
+    return tuple(Stage("gate", 400, 2e-2) if name == "gate" else Stage(name, *next(thirds)) for name in names)
 
 
 ARMS = {  # network, stages; "one each" trains four networks
@@ -130,7 +136,7 @@ def mixture(options: argparse.Namespace) -> None:
         for arm, (network, plan) in ARMS.items():
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
                 continue
-            config = replace(QUICK, network=network, stages=plan, seed=seed)
+            config = replace(MIXTURE, network=network, stages=plan, seed=seed)
             rows.append({"arm": arm, "seed": seed, **run_arm(arm, config, data, volumes, options.output)})
             write_rows(path, rows, options, config)
     print(mixture_table(rows))
@@ -138,14 +144,12 @@ def mixture(options: argparse.Namespace) -> None:
 
 def run_arm(arm: str, config: TrainConfig, data: TrainingData, volumes: Sequence[Held], output: Path) -> dict[str, Any]:
     folder = output / f"{arm} {config.seed}".replace(" ", "_")
-    spec = replace(data.spec, network=replace(config.network, drop_path=0.0))
+    network, names = replace(config.network, drop_path=0.0), data.spec.expert_names
     start = time.process_time()
     if arm == "one each":
-        models = [
-            train(config, only(data, spec, index), folder / name, say) for index, name in enumerate(spec.expert_names)
-        ]
+        models = [train(config, only(data, network, index), folder / name, say) for index, name in enumerate(names)]
     else:
-        models = [train(config, replace(data, spec=spec), folder, say)] * len(spec.experts)
+        models = [train(config, replace(data, spec=replace(data.spec, network=network)), folder, say)] * len(names)
     trained = time.process_time() - start
     predictors = {model: Predictor(model, "cpu", "float32") for model in set(models)}
     start = time.process_time()
@@ -155,10 +159,10 @@ def run_arm(arm: str, config: TrainConfig, data: TrainingData, volumes: Sequence
     return {"trained": trained, "seconds": seconds, "scores": scores, **cost(predictors[models[0]].network, arm, dense)}
 
 
-def only(data: TrainingData, spec: ModelSpec, index: int) -> TrainingData:
+def only(data: TrainingData, network: NetworkSpec, index: int) -> TrainingData:
     """The data of one expert, which becomes the only one."""
     cases = [replace(case, expert=0) for case in data.cases if case.expert == index]
-    return TrainingData(replace(spec, experts=(data.spec.experts[index],)), cases)
+    return TrainingData(replace(data.spec, network=network, experts=(data.spec.experts[index],)), cases)
 
 
 def cost(network: MoESwinUNet, arm: str, dense: bool) -> dict[str, float]:
@@ -239,7 +243,7 @@ def dice_by_key(labels: Volume, truth: Volume) -> dict[str, float]:
 
 
 def mixture_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and standard deviation over seeds of the mean Dice, and what each arm costs."""
+    """Mean and standard deviation over seeds of the mean Dice of liver, kidneys and spleen, and what each arm costs."""
     groups = list(dict.fromkeys(score["group"] for row in rows for score in row["scores"]))
     head = [
         *groups,
@@ -264,7 +268,12 @@ def mixture_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def group_dice(row: Mapping[str, Any], group: str, kind: str = "dice") -> float:
-    return mean(value for s in row["scores"] if s["group"].startswith(group) for value in s[kind].values())
+    return mean(value for s in row["scores"] if s["group"].startswith(group) for value in large(s[kind]))
+
+
+def large(dice: Mapping[str, float]) -> list[float]:
+    """Those of the structures that all groups have, and that networks this small find."""
+    return [value for key, value in dice.items() if key in CHAOS_LABELS.values()]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -279,6 +288,73 @@ def gate_accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
         right = sum(max(s["gate"], key=s["gate"].get) == s["expert"] for s in asked)
         words += [f"{kind} {right} of {len(asked)}"] if asked else []
     return ", ".join(words) if rows[0]["arm"] not in ("dense", "one each") and words else "-"
+
+
+# What does one modality more cost, and leave as it was?
+
+BUDGETS = (100, 200, 400, 800)  # steps
+
+
+def addition(options: argparse.Namespace) -> None:
+    """Adds contrast-enhanced T1 to a mixture of three, and trains a network on it alone, with equal steps."""
+    data, volumes = phantom_data(QUICK, PHANTOMS, say), unseen_phantoms()
+    new, old = data.spec.experts[-1].name, [volume for volume in volumes if volume.expert != MODALITIES[-1]]
+    network = replace(QUICK.network, experts=len(MODALITIES) - 1)
+    three = replace(data.spec, network=replace(network, drop_path=0.0), experts=data.spec.experts[:-1])
+    config = replace(MIXTURE, network=network, stages=ARMS["top-1 gate"][1], seed=options.seed)
+    cases = [case for case in data.cases if case.expert < network.experts]
+    base = train(config, TrainingData(three, cases), options.output / "three", say)
+    before = [Predictor(base, "cpu", "float32")(volume.image)[0].array for volume in old]
+    path = options.output / "addition.json"
+    rows = read_rows(path)
+    for steps in BUDGETS[len(rows) :]:
+        added = add_expert(base, data, steps, options)
+        alone = train_alone(data, steps, options)
+        predictor, own = Predictor(added, "cpu", "float32"), Predictor(alone, "cpu", "float32")
+        results = [predictor(volume.image) for volume in old]
+        mine = [volume for volume in volumes if volume.expert == new]
+        rows.append(
+            {
+                "steps": steps,
+                "same": sum(np.array_equal(a, b.array) for a, (b, _) in zip(before, results, strict=True)),
+                "taken": sum(report.expert_weights[new] > 0 for _, report in results),
+                "old": len(old),
+                "added": [score(predictor, volume) for volume in mine],
+                "alone": [score(own, volume) for volume in mine],
+            }
+        )
+        write_rows(path, rows, options, config)
+    print(addition_table(rows))
+
+
+def add_expert(base: Path, data: TrainingData, steps: int, options: argparse.Namespace) -> Path:
+    spec = read_spec(base)
+    halves = (Stage("add", steps * 3 // 4, 1e-3), Stage("add", steps // 4, 5e-4, balance=0.0))
+    config = replace(addition_config(MIXTURE, spec), stages=halves, seed=options.seed)
+    whole = replace(data, spec=replace(data.spec, network=replace(config.network, drop_path=0.0)))
+    return train(config, whole, options.output / f"added{steps}", say, start=start_addition(base, whole))
+
+
+def train_alone(data: TrainingData, steps: int, options: argparse.Namespace) -> Path:
+    halves = (Stage("dense", steps * 3 // 4, 2e-3), Stage("dense", steps // 4, 1e-3, balance=0.0))
+    network = replace(QUICK.network, experts=1)
+    config = replace(MIXTURE, network=network, stages=halves, seed=options.seed)
+    mine = only(data, replace(network, drop_path=0.0), len(MODALITIES) - 1)
+    return train(config, mine, options.output / f"alone{steps}", say)
+
+
+def addition_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean Dice as in `mixture_table` on unseen phantoms of the new modality, and what became of the old results."""
+    head = ("steps", "added", "added, expert named", "alone", "old results the same", "old taken by the new expert")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        dice = [mean(v for s in row[arm] for v in large(s[kind])) for arm, kind in SHOWN]
+        counts = (f"{row[key]} of {row['old']}" for key in ("same", "taken"))
+        lines.append(f"| {row['steps']} | {' | '.join([*(f'{value:.3f}' for value in dice), *counts])} |")
+    return "\n".join(lines)
+
+
+SHOWN = (("added", "dice"), ("added", "named"), ("alone", "dice"))
 
 
 # What the experiments share
@@ -325,6 +401,7 @@ def main() -> int:
     two.add_argument("--seeds", type=int, default=3)
     two.add_argument("--real", type=Path, help="folder with ct, mr and mr_nc")
     two.set_defaults(run=mixture)
+    experiments.add_parser("addition").set_defaults(run=addition)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -313,7 +313,8 @@ def test_nothing_waits_for_the_device() -> None:
     every = {name: replace(getattr(MR, name), probability=1) for name in augment._NAMES}
     batch = Augmenter(a_spec(), 32, dict.fromkeys(("CT", "MR"), replace(MR, **every)), device="meta")(some_crops())
     assert batch.images_BSHW.shape == (6, 3, 32, 32) and batch.labels_BHW.shape == (6, 32, 32)
-    assert all(t.is_meta for t in (batch.images_BSHW, batch.labels_BHW, batch.annotated_BK, batch.experts_B))
+    assert all(t.is_meta for t in (batch.images_BSHW, batch.labels_BHW, batch.annotated_BK))
+    assert batch.experts_B.is_cpu and batch.told_B.is_cpu
 
 
 @pytest.mark.parametrize(("probability", "low", "high"), [(1.5, 0, 1), (-0.1, 0, 1), (0.5, 2, 1)])

@@ -12,11 +12,12 @@ import pytest
 
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
-    ("__init__", "labels", "names", "spec", "jobs"),
-    ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes"),
+    ("__init__", "labels", "names", "spec", "jobs", "parallel"),
+    ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
-    ("raster", "preview", "data_commands", "worker", "connection", "client", "__main__"),
+    ("raster", "preview", "terminal", "data_commands", "train_report", "train_command"),
+    ("worker", "connection", "client", "__main__"),
 )
 HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")
 ALLOWED = {0: (), 1: ("numpy", "SimpleITK", "nrrd"), 2: tuple(set(HEAVY) - {"vtk", "slicer"})}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from m4oe.package import load_model
 from m4oe.predictor import Predictor
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.training import loop as module
+from m4oe.training import stages
 from m4oe.training.augment import Augmenter
 from m4oe.training.cache import CaseSource
 from m4oe.training.checkpoint import load_checkpoint
 from m4oe.training.config import Stage, TrainConfig
 from m4oe.training.data import Sampler, make_case
 from m4oe.training.loop import TrainingData, train
+from m4oe.training.stages import learning_rate, trained_groups
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -224,7 +227,8 @@ def test_pretrained_weights_are_where_training_starts(tmp_path: Path) -> None:
 def test_the_gate_stage_trains_the_gate_alone() -> None:
     network = MoESwinUNet(NETWORK, 3)
     assert network.router is not None
-    trained = module._trained_parameters(network, Stage("gate", 1, 1e-3))
+    (group,) = trained_groups(network, Stage("gate", 1, 1e-3), SPEC, True)
+    trained = group["params"]
     assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in network.router.parameters()}
 
 
@@ -257,7 +261,7 @@ def test_in_joint_training_the_gate_weighs_the_experts_ever_more_sparsely(
 def test_in_joint_training_the_segmentation_teaches_the_gate_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "gate_loss", lambda logits, *rest: 0 * logits.sum())
+    monkeypatch.setattr(stages, "gate_loss", lambda logits, *rest: 0 * logits.sum())
     run(tmp_path, replace(CONFIG, stages=(Stage("joint", 2, 1e-2),)))
     learned, _ = load_model(tmp_path / "model.safetensors")
     torch.manual_seed(CONFIG.seed)
@@ -307,7 +311,7 @@ def test_stages_that_do_not_fit_the_gate_are_refused(gate: str, stages: tuple[st
 
 
 def test_the_rate_rises_to_one_and_falls_to_zero() -> None:
-    rates = [module._rate(step, 100) for step in range(100)]
+    rates = [learning_rate(Stage("dense", 100, 1.0), step) for step in range(100)]
     assert rates.index(max(rates)) == 4
     assert max(rates) == 1
     assert rates[-1] < 0.01
@@ -370,6 +374,33 @@ def test_a_run_with_validation_resumes_to_the_same_end(tmp_path: Path) -> None:
     assert_same_model(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_validation_changes_nothing_in_the_training(tmp_path: Path) -> None:
+    config = replace(CONFIG, stages=(Stage("dense", 6, 1e-2),))
+    run(tmp_path / "without", config, some_data(validation=True))
+    run(tmp_path / "with", replace(config, validate_every=2), some_data(validation=True))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+# ---- the device
+
+
+@pytest.mark.parametrize("name", ["pretrain", "dense", "experts", "gate", "add"])
+def test_no_loss_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On the device `meta`, which computes nothing and has no autocast, every look at a value fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *given, **options: nullcontext())
+    device, stage = torch.device("meta"), Stage(name, 1, 1e-3)
+    with device:
+        experts = 1 if name in ("pretrain", "dense") else 2
+        network = MoESwinUNet(replace(NETWORK, experts=experts, top_k=1, drop_path=0.0), 3)
+    objective = stages.Objective(stage, SPEC, device, True, lambda tensor: tensor)
+    batch = Augmenter(SPEC, 16, device=device)(Sampler(some_data().cases, 2, 16, 3, 0).crops_at(0))
+    if name == "pretrain":
+        network.head = torch.nn.Linear(NETWORK.embed_dim, 3, bias=False, device=device)
+    for loss in objective(network, batch, 0.5).values():
+        loss.backward()
+        assert loss.is_meta
+
+
 # ---- trouble
 
 
@@ -379,21 +410,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cases(
     def poisoned(scores: Tensor, *rest: Any) -> Tensor:
         return scores.sum() * torch.nan
 
-    monkeypatch.setattr(module, "segmentation_loss", poisoned)
+    monkeypatch.setattr(stages, "segmentation_loss", poisoned)
     with pytest.raises(RuntimeError, match="not finite at step 1 of stage dense; look at the cases .*CT[12].*MR[12]"):
         run(tmp_path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
 def test_short_memory_cuts_the_batch_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = module.segmentation_loss
+    whole = stages.segmentation_loss
 
     def greedy(scores: Tensor, *rest: Any) -> Tensor:
         if len(scores) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(scores, *rest)
 
-    monkeypatch.setattr(module, "segmentation_loss", greedy)
+    monkeypatch.setattr(stages, "segmentation_loss", greedy)
     events = run(tmp_path)
     assert [event for event in events if event["event"] == "memory"] == [{"event": "memory", "parts": 2}]
     assert (tmp_path / "model.safetensors").exists()
@@ -403,7 +434,7 @@ def test_memory_for_no_image_at_all_is_told(tmp_path: Path, monkeypatch: pytest.
     def greedy(*given: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module, "segmentation_loss", greedy)
+    monkeypatch.setattr(stages, "segmentation_loss", greedy)
     with pytest.raises(RuntimeError, match="does not hold one image per modality; take a smaller crop"):
         run(tmp_path)
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import m4oe
@@ -32,7 +31,7 @@ from m4oe.files import read_volume
 from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
-from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec, read_spec
+from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.training import phantom as phantoms
 from scipy.ndimage import gaussian_filter
 
@@ -809,7 +808,7 @@ def test_info_shows_limits_and_scores(model: Path, capsys: Captured) -> None:
     assert [line.split() for line in lines if line.startswith("liver ")] == [["liver", "0.900", "-"]]
 
 
-# ---- demo and train
+# ---- demo
 
 
 @pytest.fixture
@@ -875,32 +874,3 @@ def test_an_unknown_phantom_is_refused_with_the_choices(model: Path, tmp_path: P
     assert main(["demo", "--model", str(model), "-o", str(tmp_path / "out"), "--modality", "x-ray"]) == 2
     assert "'x-ray'; choose one of ct, mr_t1, mr_t2, mr_t1ce" in the_error(capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_training_refuses_a_folder_that_cannot_be_written(tmp_path: Path, capsys: Captured) -> None:
-    assert main(["train", "--phantoms", "--quick", "-o", str(saved(tmp_path / "CT.mha"))]) == 2
-    assert "CT.mha: it is a file; expected a folder" in the_error(capsys)
-
-
-def test_training_shows_its_steps_and_the_scores_of_its_model(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    from m4oe.training import loop, phantom_data
-
-    def train(config: Any, data: Any, folder: Path, on_event: Callable[[dict[str, Any]], None], *more: Any) -> Path:
-        assert (config.seed, config.name, folder) == (3, "m4oe-quick", tmp_path)
-        step = {"event": "step", "stage": "dense", "step": 20, "steps": 60, "loss": {"gate": 0.5}, "seconds": 3.2}
-        on_event(step)
-        return model
-
-    def made(config: Any, count: int, emit: Callable[[dict[str, Any]], None]) -> Any:
-        emit({"event": "phantoms", "made": 20, "of": 4 * count})
-        return SimpleNamespace(spec=read_spec(model))
-
-    monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(phantom_data, "phantom_data", made)
-    monkeypatch.setattr(phantom_data, "score_on_phantoms", lambda *given, **options: None)
-    assert main(["train", "--phantoms", "--quick", "--seed", "3", "-o", str(tmp_path)]) == 0
-    output = capsys.readouterr().out
-    assert "phantoms 20/32\ndense 20/60: loss gate 0.500; 3 s\n" in output
-    assert "liver                        0.900         -" in output and f"model: {model}" in output

@@ -187,7 +187,7 @@ def test_drop_path_drops_whole_images_in_training_only_and_keeps_the_mean() -> N
 
 
 def test_one_expert_more_leaves_the_others_as_they_were_bit_for_bit() -> None:
-    network, images = a_network(IMAGE), an_image(2)
+    network, images = a_network(replace(IMAGE, top_k=1)), an_image(2)
     extended = append_expert(network, like=1, classes=6).eval().requires_grad_(False)
     for index in range(IMAGE.experts):
         weights = tuple(float(other == index) for other in range(IMAGE.experts))
@@ -204,9 +204,18 @@ def test_classes_can_be_left_out() -> None:
     assert_close(network.with_classes([0, 2])(images), network(images)[..., [0, 2]])
 
 
-def test_a_dense_network_takes_no_further_expert() -> None:
-    with pytest.raises(ValueError, match="mixture with an image gate"):
-        append_expert(a_network(SMALL), 0, 4)
+def test_a_dense_network_becomes_a_mixture_that_computes_the_same() -> None:
+    network, images = a_network(SMALL), an_image(2)
+    extended = append_expert(network, 0, 4, handicap=5.0).eval().requires_grad_(False)
+    for chosen in ((1.0, 0.0), (0.0, 1.0)):
+        assert torch.equal(extended.select_experts(chosen)(images), network(images))
+    assert extended.gate_logits(images).tolist() == [[0, -5]] * 2
+
+
+@pytest.mark.parametrize("spec", [CHANNEL, TOKEN, IMAGE])
+def test_a_network_without_a_gate_that_chooses_takes_no_expert(spec: NetworkSpec) -> None:
+    with pytest.raises(ValueError, match="where an image gate keeps one expert"):
+        append_expert(a_network(spec), 0, 4)
 
 
 # --- the encoder against timm
@@ -387,6 +396,19 @@ def test_the_image_gate_needs_the_first_stage_alone() -> None:
     for stage in [*network.encoder[1:], *network.decoder]:
         stage.register_forward_pre_hook(lambda *_: pytest.fail("a later stage was computed"))
     assert network.gate_logits(an_image(2)).shape == (2, 3)
+
+
+def test_images_in_the_order_of_their_experts_give_what_they_give_in_any_order() -> None:
+    network, images = a_network(IMAGE), an_image(4)
+    weights = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1]])
+    order = torch.tensor([2, 0, 3, 1])
+    assert Routing.of(weights).runs == (2, 0, 2) and Routing.of(weights[order]).runs is None
+    assert torch.equal(network(images, weights)[order], network(images[order], weights[order]))
+
+
+def test_what_is_no_single_fixed_choice_has_no_runs() -> None:
+    half, learned = torch.tensor([[0.5, 0.5], [0, 1]]), torch.eye(2, requires_grad=True)
+    assert Routing.of(half).runs is None and Routing.of(learned).runs is None
 
 
 @pytest.mark.parametrize("spec", [SMALL, TOKEN, CHANNEL])

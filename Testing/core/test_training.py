@@ -67,11 +67,6 @@ def test_a_finished_run_goes_through_at_once(run: Path) -> None:
     assert len(events(run, "step")) == steps
 
 
-def test_a_run_needs_a_plan_or_phantoms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "-o", str(tmp_path)]) == 2
-    assert "expected a plan of m4oe data plan, folders with data sets, or --phantoms" in capsys.readouterr().err
-
-
 def test_a_data_set_trains_a_model_that_segments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Phantoms as files of a data set of one's own: scanned, planned, trained, scored and used."""
     for seed in range(6):

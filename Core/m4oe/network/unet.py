@@ -70,7 +70,7 @@ class MoESwinUNet(nn.Module):
 
         Args:
             x_BSHW: Slices with their neighbours as channels, intensities in [0, 1].
-            weights_BE: Expert weights that overrule the image gate, rows of sum 1.
+            weights_BE: Expert weights that overrule the image gate, rows of sum 1; best on the CPU, see `Routing.of`.
 
         Returns:
             Scores [B, H, W, K] before softmax.
@@ -206,7 +206,7 @@ class MoESwinUNet(nn.Module):
             weights_BE = first_BHWC.new_tensor(self.fixed_weights).expand(len(first_BHWC), -1)
         if weights_BE is None:
             weights_BE = keep_top_k(self._gate(x_BSHW, first_BHWC).softmax(-1), self.spec.top_k)
-        return Routing.of(weights_BE)
+        return Routing.of(weights_BE, x_BSHW.device)
 
 
 def upcycle(dense: MoESwinUNet, spec: NetworkSpec) -> MoESwinUNet:
@@ -232,26 +232,30 @@ def upcycle(dense: MoESwinUNet, spec: NetworkSpec) -> MoESwinUNet:
     return network
 
 
-def append_expert(network: MoESwinUNet, like: int, classes: int) -> MoESwinUNet:
-    """A mixture with one expert more and `classes` classes in all; what it had computes the same, bit for bit.
+def append_expert(network: MoESwinUNet, like: int, classes: int, handicap: float = 0.0) -> MoESwinUNet:
+    """A top-1 mixture with one expert more and `classes` classes in all; what it had computes the same, bit for bit.
 
-    The new expert and its row of the gate start as copies of those of expert `like`, new classes at zero.
+    The new expert and its row of the gate start as copies of those of expert `like`, new classes at zero. The row's
+    bias is less by `handicap`, so that a gate that will not be trained never prefers the new expert.
 
     Raises:
-        ValueError: The network has no image gate, or would lose classes.
+        ValueError: The network has several experts without a top-1 image gate, or would lose classes.
     """
-    if network.router is None or classes < network.classes:
-        raise ValueError("an expert can be added to a mixture with an image gate, and classes only added")
-    experts = network.spec.experts
-    extended = MoESwinUNet(replace(network.spec, experts=experts + 1), classes)
+    spec, experts = network.spec, network.spec.experts
+    if spec.gate != "image" or (experts > 1 and spec.top_k != 1) or classes < network.classes:
+        raise ValueError("an expert can be added where an image gate keeps one expert or there is one, and classes too")
+    extended = MoESwinUNet(replace(spec, experts=experts + 1, top_k=1), classes)
     old, new = network.state_dict(), extended.state_dict()
-    for key, value in new.items():
+    if network.router is None:
+        new["router.score.weight"].zero_()
+        new["router.score.bias"].zero_()[-1] = -handicap
+    for key in new if network.router else [key for key in new if not key.startswith("router.")]:
         source = old[key.replace(f".experts.{experts}.", f".experts.{like}.")]
         if key.startswith("router.score."):
-            source = torch.cat([source, source[like : like + 1]])
+            source = torch.cat([source, source[like : like + 1] - (handicap if key.endswith("bias") else 0.0)])
         if key.startswith("head."):
             source = torch.cat([source, source.new_zeros(classes - network.classes, source.shape[1])])
-        value.copy_(source)
+        new[key].copy_(source)
     return extended
 
 

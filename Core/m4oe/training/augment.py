@@ -152,9 +152,8 @@ class Augmenter:
         self._vary(images, drawn, shades_B1PP)
         self._acquire(images, drawn, crops.seeds)
         annotated_BK = self._on_device(crops.annotated_BK.gather(1, swap_BK))
-        told_B = self._on_device(torch.tensor([seed % 2 == 1 for seed in crops.seeds]))
-        experts_B = self._on_device(crops.experts_B)
-        return Batch(images.clamp_(0, 1), labels, annotated_BK, experts_B, told_B, crops.names)
+        told_B = torch.tensor([seed % 2 == 1 for seed in crops.seeds])
+        return Batch(images.clamp_(0, 1), labels, annotated_BK, crops.experts_B, told_B, crops.names)
 
     def _draw(self, crops: Crops) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Each transform's values [B], on the CPU, and the control points of deformation and bias field."""

@@ -10,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from glob import escape
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +29,7 @@ from tqdm import tqdm
 
 from ..files import atomic_write
 from ..geometry import Volume
+from ..parallel import WorkerLost, ignore_interrupts, run_jobs
 from ..spec import ModelSpec
 from .data import Case, annotated_classes, make_case
 
@@ -73,7 +71,11 @@ class Failure(NamedTuple):
 
 
 def build_cache(
-    sources: Sequence[CaseSource], spec: ModelSpec, folder: Path, processes: int | None = None
+    sources: Sequence[CaseSource],
+    spec: ModelSpec,
+    folder: Path,
+    processes: int | None = None,
+    scheduler: str | None = None,
 ) -> tuple[list[Case], list[Failure]]:
     """Makes the entries that are missing, damaged or of another spec, and opens them all.
 
@@ -82,6 +84,7 @@ def build_cache(
         spec: The model that is trained.
         folder: Holds the entries.
         processes: How many to make at a time, one per core if None; a single one is made in this process.
+        scheduler: Of a Dask cluster that makes them instead, see `run_jobs`; `folder` is the same there.
 
     Returns:
         The cases, in the order of their sources, and those that failed.
@@ -92,7 +95,7 @@ def build_cache(
     places = _locate_all(sources, spec, folder)
     wanted = {place: source for place, source in zip(places, sources, strict=True) if isinstance(place, Path)}
     missing = {path: source for path, source in wanted.items() if not _is_whole(path)}
-    with closing(_make_all(missing, spec, min(processes or os.cpu_count() or 1, len(missing)))) as made:
+    with closing(_make_all(missing, spec, processes or os.cpu_count() or 1, scheduler)) as made:
         reasons = dict(tqdm(made, "preparing cases", len(missing), unit="case", disable=None))
     cases, failures = [], []
     for source, place in zip(sources, places, strict=True):
@@ -107,7 +110,7 @@ def build_cache(
 
 def start_worker() -> None:
     """What a process of a pool does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what an interruption means
+    ignore_interrupts()
     torch.set_num_threads(1)
 
 
@@ -169,26 +172,21 @@ def _hash(text: str) -> str:
 
 
 def _make_all(
-    missing: Mapping[Path, CaseSource], spec: ModelSpec, processes: int
+    missing: Mapping[Path, CaseSource], spec: ModelSpec, processes: int, scheduler: str | None
 ) -> Generator[tuple[Path, str], None, None]:
     """Makes entries and gives for each the reason why it failed, or ""."""
-    if processes <= 1:
-        yield from ((path, _make(path, source, spec)) for path, source in missing.items())
-        return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker)
-    try:
-        futures = {pool.submit(_make, path, source, spec): path for path, source in missing.items()}
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"a process that prepared cases was killed, perhaps for want of memory; start again with fewer than "
-            f"{processes}: what is done is kept"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    jobs = {path: (path, source, spec) for path, source in missing.items()}
+    for path, reason in run_jobs(_make, jobs, processes, scheduler, start_worker):
+        if isinstance(reason, WorkerLost) and scheduler is None:
+            raise RuntimeError(
+                f"a process that prepared cases was killed, perhaps for want of memory; start again with fewer than "
+                f"{processes}: what is done is kept"
+            ) from reason
+        yield path, str(reason)
 
 
-def _make(path: Path, source: CaseSource, spec: ModelSpec) -> str:
+def _make(job: tuple[Path, CaseSource, ModelSpec]) -> str:
+    path, source, spec = job
     try:
         image, labels = source.load()
         _write(path, make_case(image, labels, source.annotated, spec, source.expert), source.name)

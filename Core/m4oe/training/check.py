@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from ..files import read_header, read_volume
 from ..geometry import Grid, Volume
 from ..labels import catalogue, structure
 from ..names import BACKGROUND
+from ..parallel import ignore_interrupts
 from .cases import CaseFiles, Finding, on_grid, read_labels, whole_planes
 
 _SIDE = 5.0  # mm by which a centre must lie on the wrong side
@@ -74,7 +74,7 @@ def check_cases(cases: Sequence[CaseFiles], processes: int | None = None) -> Ite
     if count < 2 or (processes is None and len(cases) <= _ALONE):
         yield from map(check_case, cases)
         return
-    with ProcessPoolExecutor(count, get_context("spawn"), _ignore_interrupts) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), ignore_interrupts) as pool:
         yield from pool.map(check_case, cases, chunksize=max(1, min(8, len(cases) // (4 * count))))
 
 
@@ -204,7 +204,3 @@ def _by_key(
         frozenset(key for value, key in keys.items() if touched[value]),
         tuple(value for value in present if value not in keys),
     )
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what an interruption means

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ..spec import NetworkSpec
 
-STAGES = ("pretrain", "dense", "experts", "gate", "joint")
+STAGES = ("pretrain", "dense", "experts", "gate", "joint", "add")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Stage:
             modalities, of which every expert starts as a copy; "experts" routes every image to its modality's expert;
             "gate" trains the gate alone to tell modalities apart; "joint" trains all together, the experts weighed by
             the gate itself, at first softly and at the end nearly as sparsely as prediction does; a last "gate" fits
-            the gate to what that has left. Without "pretrain" and "dense" the experts start at random.
+            the gate to what that has left. Without "pretrain" and "dense" the experts start at random. "add" trains
+            the last expert of a model alone, with its row of the gate and the classes that no other expert knows.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.
         balance: How much more rare classes weigh in the cross-entropy, see `segmentation_loss`: 0.5 to learn fast,
@@ -81,10 +82,16 @@ class TrainConfig:
         order = [min(STAGES.index(name), 2) for name in names]
         if not names or order != sorted(order):
             raise ValueError(f"stages {names} are out of order; pretrain comes first, dense before the experts")
+        if "add" in names and set(names) != {"add"}:
+            raise ValueError(f"stages {names} would train what an added expert must leave as it is; use add alone")
         if self.network.gate != "image" and "gate" in names:
             raise ValueError(f"a {self.network.gate} gate is trained with the experts; leave out the stage gate")
         if self.network.gate == "channel" and order[0] < 2:
             raise ValueError("a channel gate cannot start from a dense network; begin with the stage experts or joint")
+
+    def steps_before(self, number: int) -> int:
+        """Steps of the stages before this one."""
+        return sum(stage.steps for stage in self.stages[:number])
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

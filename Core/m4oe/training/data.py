@@ -76,8 +76,8 @@ class Batch:
         images_BSHW: Intensities in [0, 1].
         labels_BHW: Labels of the middle slices, int64.
         annotated_BK: Which classes are known in each image.
-        experts_B: The expert of each image's modality.
-        told_B: Whether the gate is told the modality, as by a header.
+        experts_B: The expert of each image's modality; on the CPU, where images are sent to their experts.
+        told_B: Whether the gate is told the modality, as by a header; on the CPU.
         names: The cases they are from.
     """
 
@@ -92,6 +92,13 @@ class Batch:
         """Every `step`-th image from `first` on, so that each part holds all modalities."""
         part = slice(first, None, step)
         return Batch(*(getattr(self, field.name)[part] for field in fields(self)))
+
+    def of_expert(self, expert: int) -> Batch:
+        """The images of one expert's modality, without their names."""
+        part = (self.experts_B == expert).nonzero()[:, 0]
+        there = part.to(self.images_BSHW.device, non_blocking=True)
+        images, labels, annotated = self.images_BSHW[there], self.labels_BHW[there], self.annotated_BK[there]
+        return Batch(images, labels, annotated, self.experts_B[part], self.told_B[part])
 
 
 def make_case(

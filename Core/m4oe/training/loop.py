@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,14 @@ from .checkpoint import (
 )
 from .config import Stage, TrainConfig
 from .data import Batch, Case, Sampler, prefetched
-from .loss import gate_loss, reconstruction_loss, segmentation_loss, wholes
 from .ranks import Ranks
+from .stages import Objective, learning_rate, trained_groups
 
 Event = dict[str, Any]
-_WARM_UP = 0.05
 _CLIP = 1.0
 _LOG_EVERY = 20
 _AVERAGED = 0.02  # of a stage's steps: the span of the moving average of the weights
-_HIDDEN, _HIDDEN_PIXELS = 0.6, 16  # share of an image that pretraining hides, in squares of this side
 _HEAD = "head."  # whose weights depend on the classes
-_UNSEEN = -1.0  # what a hidden pixel shows; no intensity is below 0
-_COLDEST = 0.1  # temperature of the gate at the end of joint training, from 1: nearly the one expert of prediction
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
@@ -65,6 +62,16 @@ class TrainingData:
     spec: ModelSpec
     cases: Sequence[Case]
     validation: Sequence[CaseSource] = ()
+
+    @property
+    def labelled(self) -> list[Case]:
+        """The training cases with labels."""
+        return [case for case in self.cases if case.labels_ZHW is not None]
+
+    @property
+    def experts(self) -> int:
+        """Number of experts that have labelled training cases."""
+        return len({case.expert for case in self.labelled})
 
 
 @dataclass
@@ -101,7 +108,7 @@ def train(
         on_event: Called with every event, the same that go to events.jsonl.
         ranks: This process among those that share the batches.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        start: Dense network whose weights training starts from.
+        start: Network whose weights training starts from: dense, or for the stage "add" with the new expert.
 
     Returns:
         The model file.
@@ -184,10 +191,8 @@ def _run_stage(run: _Run, number: int) -> None:
         run.network = _as_mixture(run.network, config).to(run.device)
     progress.experts = run.network.spec.experts
     learner = _learner(run, stage)
-    parameters = _trained_parameters(learner, stage)
-    optimiser = torch.optim.AdamW(
-        parameters, stage.learning_rate, (0.9, 0.95), weight_decay=config.weight_decay, fused=True
-    )
+    groups = trained_groups(learner, stage, run.data.spec, run.data.experts > 1)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     average = AveragedModel(
         learner, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1.0, _AVERAGED * stage.steps)), use_buffers=False
     )
@@ -196,7 +201,7 @@ def _run_stage(run: _Run, number: int) -> None:
         learner.load_state_dict(part_of(run.loaded, "learner."))
         average.load_state_dict(part_of(run.loaded, "average."))
     run.loaded = {}
-    _steps(run, number, learner, average, optimiser, parameters)
+    _steps(run, number, learner, average, optimiser)
     _finish_stage(run, learner, average)
 
 
@@ -206,22 +211,25 @@ def _steps(
     learner: MoESwinUNet,
     average: AveragedModel,
     optimiser: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
 ) -> None:
     """Takes the steps of a stage that are left, until validation has nothing more to gain."""
     stage, config, progress = run.config.stages[number], run.config, run.progress
-    before = sum(stage.steps for stage in config.stages[:number])
-    sampler, augment, loss_of = _sampler(run, stage), _augmenter(run, stage), _loss_maker(run, stage)
+    before = config.steps_before(number)
+    sampler, augment = _sampler(run, stage), _augmenter(run, stage)
+    losses_of = Objective(stage, run.data.spec, run.device, run.data.experts > 1, run.ranks.add_up)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     bfloat16 = bfloat16_is_faster(run.device)
-    start, recent = time.perf_counter(), _Recent(stage)
+    start, recent = time.perf_counter(), _Recent(run.config, number)
     learner.train()
     for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
         batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
-            group["lr"] = stage.learning_rate * _rate(progress.step, stage.steps)
+            group["lr"] = learning_rate(stage, progress.step) * group.get("scale", 1.0)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16):
-            losses = _gradients(run, lambda part: loss_of(learner, part), batch, optimiser)
+            losses = _gradients(
+                run, partial(losses_of, learner, progress=progress.step / stage.steps), batch, optimiser
+            )
         run.ranks.share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
@@ -271,8 +279,8 @@ def _gradients(
 class _Recent:
     """Losses since the last event, on the device: asking for them at each step would wait for it."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, config: TrainConfig, number: int) -> None:
+        self.config, self.number, self.stage = config, number, config.stages[number]
         self.losses: list[dict[str, Tensor]] = []
         self.names: list[tuple[str, ...]] = []
 
@@ -298,8 +306,11 @@ class _Recent:
         return {
             "event": "step",
             "stage": self.stage.name,
+            "number": self.number,
             "step": step,
             "steps": self.stage.steps,
+            "overall": self.config.steps_before(self.number) + step,
+            "overall_steps": self.config.steps_before(len(self.config.stages)),
             "loss": {key: round(float(np.mean(values)), 5) for key, values in table.items()},
             "seconds": round(seconds, 1),
         }
@@ -307,7 +318,7 @@ class _Recent:
 
 def _sampler(run: _Run, stage: Stage) -> Sampler:
     config = run.config
-    cases = [case for case in run.data.cases if stage.name in ("pretrain", "gate") or case.labels_ZHW is not None]
+    cases = run.data.cases if stage.name in ("pretrain", "gate") else run.data.labelled
     return Sampler(
         cases,
         config.images,
@@ -326,50 +337,6 @@ def _augmenter(run: _Run, stage: Stage) -> Augmenter:
     return Augmenter(run.data.spec, run.config.crop, varied, run.device)
 
 
-def _loss_maker(run: _Run, stage: Stage) -> Callable[[MoESwinUNet, Batch], dict[str, Tensor]]:
-    experts, top_k, add_up = run.config.network.experts, run.config.network.top_k, run.ranks.add_up
-    wholes_KD = wholes(run.data.spec.structures).to(run.device)
-    modalities = [expert.modality for expert in run.data.spec.experts]
-    alike_EE = torch.tensor([[one == other for other in modalities] for one in modalities], device=run.device)
-
-    def reconstruct(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        hidden_BHW = _hidden(batch.images_BSHW)
-        seen_BSHW = batch.images_BSHW.masked_fill(hidden_BHW[:, None], _UNSEEN)
-        return {"reconstruction": reconstruction_loss(network(seen_BSHW), batch.images_BSHW, hidden_BHW, add_up)}
-
-    def gating(logits_BE: Tensor, batch: Batch) -> dict[str, Tensor]:
-        possible_BE = alike_EE[batch.experts_B] | ~batch.told_B[:, None]
-        return {"gate": gate_loss(logits_BE, batch.experts_B, possible_BE, add_up)}
-
-    def segmentation(scores_BHWK: Tensor, batch: Batch) -> dict[str, Tensor]:
-        loss = segmentation_loss(scores_BHWK, batch.labels_BHW, batch.annotated_BK, wholes_KD, stage.balance, add_up)
-        return {"segmentation": loss}
-
-    def gate(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        return gating(network.gate_logits(batch.images_BSHW), batch)
-
-    def segment(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        weights_BE = torch.nn.functional.one_hot(batch.experts_B, experts).float()
-        return segmentation(network(batch.images_BSHW, weights_BE), batch)
-
-    def both(network: MoESwinUNet, batch: Batch) -> dict[str, Tensor]:
-        if network.router is None:
-            return segment(network, batch)
-        temperature = _COLDEST ** (run.progress.step / stage.steps) if top_k else 1.0
-        scores_BHWK, logits_BE = network.forward_gated(batch.images_BSHW, temperature)
-        return segmentation(scores_BHWK, batch) | gating(logits_BE, batch)
-
-    return {"pretrain": reconstruct, "dense": segment, "experts": segment, "gate": gate, "joint": both}[stage.name]
-
-
-def _hidden(images_BSHW: Tensor) -> Tensor:
-    """Squares of each image that are hidden: [B, H, W]."""
-    batch, _, height, width = images_BSHW.shape
-    squares = [-(-size // _HIDDEN_PIXELS) for size in (height, width)]
-    hidden = torch.rand(batch, *squares, device=images_BSHW.device) < _HIDDEN
-    return hidden.repeat_interleave(_HIDDEN_PIXELS, 1).repeat_interleave(_HIDDEN_PIXELS, 2)[:, :height, :width]
-
-
 def _learner(run: _Run, stage: Stage) -> MoESwinUNet:
     """What the stage trains: the network, or for pretraining one like it that gives back the image's channels."""
     if stage.name != "pretrain":
@@ -379,23 +346,6 @@ def _learner(run: _Run, stage: Stage) -> MoESwinUNet:
     body = {key: value for key, value in run.network.state_dict().items() if not key.startswith(_HEAD)}
     learner.load_state_dict(body, strict=False)
     return learner
-
-
-def _trained_parameters(network: MoESwinUNet, stage: Stage) -> list[torch.nn.Parameter]:
-    """Marks what the stage trains; the gate stage leaves everything but the gate as it is."""
-    for parameter in network.parameters():
-        parameter.requires_grad_(stage.name != "gate")
-    if network.router is not None:
-        network.router.requires_grad_(stage.name != "experts")
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def _rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    warm_up = max(1, round(_WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
@@ -427,7 +377,9 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         {
             "event": "validated",
             "stage": stage.name,
+            "number": run.progress.stage,
             "step": run.progress.step,
+            "overall": run.config.steps_before(run.progress.stage) + run.progress.step,
             "score": round(score, 4),
             "best": better,
             "dice": {key: round(value, 4) for key, value in means.items()},

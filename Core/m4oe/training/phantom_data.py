@@ -1,4 +1,4 @@
-"""Phantoms as training data, and how a model scores on phantoms that it never saw."""
+"""Phantoms as training data, and phantoms that training never sees."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..evaluation import dice_scores
-from ..package import load_model, save_model
-from ..predictor import Predictor
+from ..geometry import Volume
 from ..spec import ExpertSpec, IntensityRule, ModelSpec
-from .cache import start_worker
+from .cache import CaseSource, start_worker
 from .config import TrainConfig
 from .data import Case, make_case
 from .loop import TrainingData
@@ -60,25 +56,18 @@ def phantom_spec(config: TrainConfig, count: int) -> ModelSpec:
     )
 
 
-def score_on_phantoms(model: Path, count: int, emit: Callable[[dict[str, Any]], None]) -> None:
-    """Writes into a model its mean Dice per expert and structure on `count` phantoms per modality.
+def unseen_phantoms(count: int) -> list[CaseSource]:
+    """Phantoms that training does not see, `count` per modality."""
+    return [
+        CaseSource(f"{name} {seed}", expert, STRUCTURES, (), partial(_load, seed, name))
+        for expert, name in enumerate(MODALITIES)
+        for seed in range(_UNSEEN_SEEDS, _UNSEEN_SEEDS + count)
+    ]
 
-    They are routed as any volume is.
-    """
-    predictor = Predictor(model, device="cpu")
-    scores: dict[str, dict[str, float]] = {}
-    for modality in MODALITIES:
-        found: dict[str, list[float]] = {}
-        for number in range(count):
-            phantom = make_phantom(_UNSEEN_SEEDS + number, modality)
-            labels, report = predictor(phantom.image)
-            for label, value in dice_scores(labels.array, phantom.labels.array, len(STRUCTURES)).items():
-                found.setdefault(STRUCTURES[label - 1], []).append(value)
-            emit({"event": "scored", "modality": modality, "phantom": number, "experts": report.expert_weights})
-        scores[modality] = {key: round(float(np.mean(values)), 3) for key, values in found.items()}
-    emit({"event": "scores", "dice": scores})
-    network, spec = load_model(model)
-    save_model(model, network, replace(spec, scores=scores))
+
+def _load(seed: int, modality: str) -> tuple[Volume, Volume]:
+    phantom = make_phantom(seed, modality)
+    return phantom.image, phantom.labels
 
 
 def _cases(count: int, spec: ModelSpec, emit: Callable[[dict[str, Any]], None]) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""A plan of data sets as training data, and how a model scores on the patients that the plan holds back."""
+"""A plan of data sets as training data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..evaluation import Score, evaluate_case
-from ..package import load_model, save_model
-from ..predictor import Predictor
 from ..spec import ExpertSpec, IntensityRule, ModelSpec
 from .cache import CaseSource, build_cache
 from .cases import CaseFiles, load_case
@@ -33,17 +28,66 @@ def plan_config(config: TrainConfig, plan: Plan) -> TrainConfig:
     return replace(config, network=replace(config.network, experts=experts, top_k=1), stages=stages)
 
 
-def plan_data(config: TrainConfig, plan: Plan, cache: Path, emit: Callable[[dict[str, Any]], None]) -> TrainingData:
+def addition_config(config: TrainConfig, model: ModelSpec) -> TrainConfig:
+    """The configuration that adds an expert to a model: on the model's grid, with its network, and as many steps."""
+    stages = tuple(replace(stage, name="add") for stage in config.stages if stage.name in ("experts", "joint"))
+    experts, drop_path = model.network.experts + 1, config.network.drop_path
+    network = replace(model.network, experts=experts, top_k=1, drop_path=drop_path)
+    return replace(config, network=network, stages=stages, pixel_mm=model.pixel_mm, slice_mm=model.slice_mm)
+
+
+def addition_spec(config: TrainConfig, plan: Plan, model: ModelSpec, name: str) -> ModelSpec:
+    """The spec of a model with the expert `name` added, which finds what the plan's cases of it annotate.
+
+    Raises:
+        ValueError: The model has the expert, its gate takes none, or the plan has no case of it or some of others.
+    """
+    planned = _experts(plan)
+    if name in model.expert_names:
+        raise ValueError(f"{model.name} has an expert {name}; give the new one another name in the plan and here")
+    if model.network.gate != "image" or (model.network.experts > 1 and model.network.top_k != 1):
+        raise ValueError(f"{model.name} cannot take an expert: its gate does not choose one expert for an image")
+    if name not in planned:
+        raise ValueError(f"the plan has no training case for the expert {name}; it has: {', '.join(planned)}")
+    if strange := sorted(set(planned) - {name, *model.expert_names}):
+        raise ValueError(f"the plan has cases for {', '.join(strange)}, which {model.name} lacks; leave them out")
+    mine = [case for case in plan.cases("train") if _expert(case) == name]
+    annotated = [key for key in plan.structures if any(key in case.annotated for case in mine)]
+    structures = (*model.structures, *(key for key in annotated if key not in model.structures))
+    old = tuple(replace(expert, structures=expert.structures or model.structures) for expert in model.experts)
+    sets = ", ".join(sorted({dataset.name for dataset in plan.datasets}))
+    return replace(
+        model,
+        name=config.name,
+        network=replace(config.network, drop_path=0.0),
+        structures=structures,
+        experts=(*old, ExpertSpec(name, planned[name], structures=tuple(annotated))),
+        intensity={**{planned[name]: _INTENSITY[planned[name]]}, **model.intensity},
+        description=f"{model.description} With the expert {name} added.".strip(),
+        licence="; ".join(dict.fromkeys([model.licence, *(d.licence for d in plan.datasets)])).strip("; "),
+        training={**model.training, f"of {name}": f"{len(mine)} cases of {sets}, {date.today().isoformat()}"},
+    )
+
+
+def plan_data(
+    config: TrainConfig,
+    plan: Plan,
+    cache: Path,
+    emit: Callable[[dict[str, Any]], None],
+    spec: ModelSpec | None = None,
+    scheduler: str | None = None,
+) -> TrainingData:
     """Training data of a plan, brought to the canonical grid once and mapped from `cache` ever after.
 
-    A case that cannot be read is told as an event and left out.
+    A case that cannot be read is told as an event and left out. The spec is that of a new model, if none is given.
+    With `scheduler` the workers of a Dask cluster prepare the cases.
 
     Raises:
         ValueError: No case is left, or a case has no modality.
     """
-    spec = _spec(config, plan)
+    spec = spec or _spec(config, plan)
     sources = [*_sources(plan, "train", spec), *_sources(plan, "unlabelled", spec)]
-    cases, failures = build_cache(sources, spec, cache)
+    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler)
     for failure in failures:
         emit({"event": "left out", "case": failure.name, "reason": failure.reason})
     if not cases:
@@ -51,45 +95,9 @@ def plan_data(config: TrainConfig, plan: Plan, cache: Path, emit: Callable[[dict
     return TrainingData(spec, cases, _sources(plan, "val", spec))
 
 
-def score_on_plan(model: Path, plan: Plan, emit: Callable[[dict[str, Any]], None]) -> list[Score]:
-    """Writes into a model its mean Dice per expert and structure on the test patients, routed as any volume is.
-
-    Where the plan has no test patients those of validation take their place.
-
-    Returns:
-        All scores.
-    """
-    predictor = Predictor(model)
-    spec = predictor.spec
-    held_back = _sources(plan, "test", spec) or _sources(plan, "val", spec)
-    scores: list[Score] = []
-    found: dict[str, dict[str, list[float]]] = {}
-    for source in held_back:
-        image, truth = source.load()
-        assert truth is not None  # both splits have labelled cases alone
-        labels, report = predictor(image)
-        mine = evaluate_case(labels, truth, spec.label_keys, annotated=source.annotated, case=source.name)
-        by_structure = found.setdefault(spec.expert_names[source.expert], {})
-        for score in mine:
-            if score.counted and score.dice is not None:
-                by_structure.setdefault(score.structure, []).append(score.dice)
-        emit(
-            {
-                "event": "scored",
-                "case": source.name,
-                "expert": spec.expert_names[source.expert],
-                "gate": report.gate,
-                "dice": {
-                    score.structure: round(score.dice, 4) for score in mine if score.counted and score.dice is not None
-                },
-            }
-        )
-        scores += mine
-    means = {name: {key: round(float(np.mean(dice)), 3) for key, dice in by.items()} for name, by in found.items()}
-    emit({"event": "scores", "dice": means})
-    network, spec = load_model(model)
-    save_model(model, network, replace(spec, scores=means))
-    return scores
+def held_back(plan: Plan, spec: ModelSpec) -> Sequence[CaseSource]:
+    """The test patients' cases, or those of validation where the plan has no others."""
+    return _sources(plan, "test", spec) or _sources(plan, "val", spec)
 
 
 def _experts(plan: Plan) -> dict[str, str]:

@@ -57,6 +57,15 @@ class Ranks:
         dist.all_gather_object(parts, mine)
         return [item for part in parts for item in part]
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process goes through before the others do, who find what it has made."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
     def wait(self) -> None:
         """Waits until all processes are here."""
         if self.world > 1:

@@ -1,9 +1,9 @@
-"""Weights to start training from: a Swin transformer that knows ImageNet, or the dense part of another run."""
+"""Weights to start training from: a Swin transformer that knows ImageNet, a model, or a model with one expert more."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..network.unet import MoESwinUNet
+from ..network.unet import MoESwinUNet, append_expert
+from ..package import load_model
+from ..spec import ModelSpec, find_model, read_spec
 from .config import TrainConfig
+from .data import Case
+from .loop import TrainingData
 
+_HANDICAP = 10.0  # e to its power is how much less likely the gate finds an expert that it was not trained on
+_SLICES = 16
 TIMM_MODEL = "swin_tiny_patch4_window7_224"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, as timm trained with
 
@@ -43,21 +49,90 @@ def load_swin(network: MoESwinUNet, source: str) -> None:
         start = f"encoder.{last - number}."
         mirrored = {key: value for key, value in weights.items() if key.startswith(start)}
         weights |= {f"decoder.{number}.{key.removeprefix(start)}": value for key, value in mirrored.items()}
-    wrong = [key for key, value in weights.items() if value.shape != network.state_dict()[key].shape]
-    if wrong:
-        raise ValueError(
-            f"{source} does not fit the network, first at {wrong[0]}: {list(weights[wrong[0]].shape)}, expected "
-            f"{list(network.state_dict()[wrong[0]].shape)}; Swin-T fits a network of embed_dim 96 and window 7"
-        )
+    _load(network, weights, source, "Swin-T fits a network of embed_dim 96 and window 7")
+
+
+def _load(network: MoESwinUNet, weights: Mapping[str, Tensor], source: str, cure: str) -> None:
+    expected = {key: list(value.shape) for key, value in network.state_dict().items()}
+    for key, value in weights.items():
+        if list(value.shape) != expected.get(key):
+            found = f"first at {key}: {list(value.shape)}, expected {expected.get(key, 'none')}"
+            raise ValueError(f"{source} does not fit the network, {found}; {cure}")
     network.load_state_dict(weights, strict=False)
 
 
-def start_network(source: str, config: TrainConfig, classes: int) -> MoESwinUNet:
-    """A dense network of the configuration that starts from `source`, see `load_swin`."""
+def load_expert(network: MoESwinUNet, structures: Sequence[str], source: str) -> None:
+    """Gives a dense network the weights of an expert of a model, and the classes that both have.
+
+    Args:
+        network: Dense.
+        structures: Keys of its classes from 1 on.
+        source: A model's file or name, and after a colon the expert, by default the first.
+
+    Raises:
+        ValueError: The model or the expert does not exist, or its sizes are others.
+    """
+    name, _, expert = source.rpartition(":") if not _is_model(source) else (source, "", "")
+    model, spec = load_model(find_model(name))
+    index = spec.expert_index(expert) if expert else 0
+    chosen = model.select_experts(tuple(float(other == index) for other in range(spec.network.experts)))
+    weights = chosen.state_dict()
+    labels = [(label, spec.labels_of([key])[0]) for label, key in enumerate(structures, 1) if key in spec.structures]
+    head = network.state_dict()["head.weight"].clone()
+    if head.shape[1:] == weights["head.weight"].shape[1:]:
+        for mine, theirs in [(0, 0), *labels]:
+            head[mine] = weights["head.weight"][theirs]
+    weights["head.weight"] = head
+    _load(network, weights, source, "take a preset of the model's sizes")
+
+
+def start_network(source: str, config: TrainConfig, structures: Sequence[str]) -> MoESwinUNet:
+    """A dense network of the configuration that starts from `source`, see `load_swin` and `load_expert`."""
     torch.manual_seed(config.seed)
-    network = MoESwinUNet(replace(config.network, experts=1, top_k=0), classes)
-    load_swin(network, source)
+    network = MoESwinUNet(replace(config.network, experts=1, gate="image", top_k=0), len(structures) + 1)
+    if _is_model(source) or _is_model(source.rpartition(":")[0]):
+        load_expert(network, structures, source)
+    else:
+        load_swin(network, source)
     return network
+
+
+def start_addition(model: Path, data: TrainingData) -> MoESwinUNet:
+    """The network of a model with the last expert of `data` appended.
+
+    It starts as a copy of the expert that the gate prefers on the new cases, among those of the same modality if
+    there are any. Where there are no cases of older experts, the gate will never prefer it by itself.
+    """
+    network, spec = load_model(model)
+    new = data.spec.network.experts - 1
+    cases = [case for case in data.labelled if case.expert == new]
+    others = len(cases) < len(data.labelled)
+    like = _preferred(network, spec, cases, data.spec.experts[new].modality) if network.router else 0
+    return append_expert(network, like, len(data.spec.structures) + 1, 0.0 if others else _HANDICAP)
+
+
+def _preferred(network: MoESwinUNet, spec: ModelSpec, cases: Sequence[Case], modality: str) -> int:
+    logits_E = torch.stack([_gate_logits(network, case) for case in cases]).mean(0)
+    alike = torch.tensor([expert.modality == modality for expert in spec.experts])
+    return int(logits_E.masked_fill(~alike & alike.any(), float("-inf")).argmax())
+
+
+@torch.inference_mode()
+def _gate_logits(network: MoESwinUNet, case: Case) -> Tensor:
+    """The gate's mean logits [E] over slices of a case."""
+    last = len(case.image_ZHW) - 1
+    reach = torch.arange(network.spec.channels) - network.spec.channels // 2
+    places = torch.linspace(0, last, min(_SLICES, last + 1)).round().long()[:, None]
+    stacks = torch.from_numpy(case.image_ZHW[(places + reach).clamp(0, last).numpy()])
+    return network.gate_logits(stacks.float()).mean(0)
+
+
+def _is_model(source: str) -> bool:
+    try:
+        read_spec(find_model(source))
+    except ValueError:
+        return False
+    return True
 
 
 def _our_key(key: str) -> str:

@@ -1,0 +1,71 @@
+"""What all commands share: how they speak, and what they check before hours of work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from .spec import ModelSpec
+
+
+def count(number: int, noun: str) -> str:
+    """Such as "1 case" or "2 cases"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def one_line(error: object) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())  # whatever a library says
+
+
+def say(text: str) -> None:
+    """Tells the user; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def say_error(error: object, code: int) -> int:
+    """Tells the user an error, and gives back the exit code."""
+    say(f"m4oe: error: {one_line(error)}")
+    return code
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder and tries it, as hours of work must not end at a folder that cannot be written."""
+    if folder.is_file():
+        raise ValueError(f"cannot write into {folder}: it is a file; expected a folder for the results")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into {folder} ({error.strerror}); expected a folder with room") from error
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
+    """Yields what shows phase and fraction on a bar; there is none where stderr is no terminal."""
+    from tqdm import tqdm
+
+    style = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=1.0, desc=title, bar_format=style, leave=False, disable=None) as bar:
+
+        def show(phase: str, fraction: float) -> None:
+            bar.n = fraction
+            bar.set_postfix_str(phase)
+
+        yield show
+
+
+def score_table(spec: ModelSpec) -> str:
+    """Dice by structure and expert, as text."""
+    width = max(10, *(len(name) + 2 for name in spec.expert_names))
+    data = spec.training.get("data")
+    lines = [f"Scored on cases that training did not see{f' (training data: {data})' if data else ''}:"]
+    lines.append("Dice".ljust(24) + "".join(name.rjust(width) for name in spec.expert_names))
+    for key in spec.structures:
+        values = [spec.scores.get(name, {}).get(key) for name in spec.expert_names]
+        lines.append(key.ljust(24) + "".join(("-" if v is None else f"{v:.3f}").rjust(width) for v in values))
+    return "\n".join(lines)

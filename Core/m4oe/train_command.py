@@ -1,0 +1,235 @@
+"""The command `m4oe train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .data_commands import add_sources, plan_folders
+from .spec import DEFAULT_MODEL, find_model, read_spec
+from .terminal import prepare_folder, say, score_table
+
+if TYPE_CHECKING:
+    from .network.unet import MoESwinUNet
+    from .training.cache import CaseSource
+    from .training.config import TrainConfig
+    from .training.loop import TrainingData
+    from .training.plan import Plan
+    from .training.ranks import Ranks
+
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to train, on what, from where, and the cases to score it on."""
+
+    config: TrainConfig
+    data: TrainingData
+    held_back: Sequence[CaseSource]
+    start: MoESwinUNet | None = None
+
+
+def add_train_command(commands: Any) -> None:
+    """Adds `train` to the commands of the parser."""
+    train = commands.add_parser("train", help="train a model; the same command goes on with a run that stopped")
+    add_sources(train, "what to train on: a plan of m4oe data plan, or data sets, planned in OUT/plan.json", "*")
+    train.add_argument("--phantoms", action="store_true", help="on computer-made phantoms instead")
+    train.add_argument("--quick", action="store_true", help="in miniature, to see that training works")
+    train.add_argument("--preset", choices=("small", "full"), default="small", help="default: %(default)s")
+    train.add_argument("--length", type=float, default=1.0, metavar="F", help="times the preset's steps")
+    train.add_argument("--pretrain", type=int, default=0, metavar="N", help="steps of pretraining without labels")
+    train.add_argument("--init", metavar="WHAT", help="start from: timm, a file of a Swin transformer, or MODEL:EXPERT")
+    train.add_argument("--add-modality", metavar="NAME", help="add the expert NAME to --model and train it alone")
+    train.add_argument("--model", metavar="NAME", help=f"that gets the expert; file or name, default: {DEFAULT_MODEL}")
+    train.add_argument("--name", help="of the model; default: m4oe")
+    train.add_argument("--cache", type=Path, metavar="FOLDER", help="for prepared cases; default: OUT/cache")
+    train.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that prepares cases; or its file")
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    train.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+    train.add_argument("--json", action="store_true", help="print events as JSON, one per line")
+    train.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
+    train.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder of the run")
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .train_report import write_report
+    from .training.loop import train
+    from .training.ranks import joined_ranks, local_device
+    from .training.score import score_model
+
+    _check(options)
+    prepare_folder(options.output)
+    device = local_device() if options.device == "auto" else options.device
+    with joined_ranks() as ranks, _listener(options) as emit:
+        job = _phantom_job(options, emit) if options.phantoms else _plan_job(options, ranks, emit)
+        model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
+        if ranks.rank == 0:
+            results = score_model(model, job.held_back, emit, device)
+            report = write_report(options.output, results, job.held_back, device)
+            print(f"\n{score_table(read_spec(model))}\n\nmodel: {model}\nreport: {report}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        ValueError: Something does not.
+    """
+    if bool(options.folders) == options.phantoms:
+        raise ValueError("expected a plan of m4oe data plan, folders with data sets, or --phantoms")
+    if options.add_modality and (options.phantoms or options.init or options.pretrain):
+        raise ValueError("--add-modality trains on a plan or folders, from --model alone; leave out the other option")
+    if options.model and not options.add_modality:
+        raise ValueError("--model is what --add-modality extends; to start from a model give --init MODEL:EXPERT")
+
+
+def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
+    from .training.config import DEMO, QUICK
+    from .training.phantom_data import phantom_data, unseen_phantoms
+
+    config = _with_options(QUICK if options.quick else DEMO, options)
+    count, unseen = (8, 2) if options.quick else (60, 5)
+    data = phantom_data(config, count, emit)
+    return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data))
+
+
+def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
+    from .training.config import FULL, QUICK, SMALL
+    from .training.plan_data import addition_config, addition_spec, held_back, plan_config, plan_data
+    from .training.start import start_addition
+
+    cache = options.cache or options.output / "cache"
+    config = _with_options(QUICK if options.quick else {"small": SMALL, "full": FULL}[options.preset], options)
+    with ranks.first_alone():
+        plan = _plan(options)
+        if not options.add_modality:
+            config = plan_config(config, plan)
+            data = plan_data(config, plan, cache, emit, scheduler=options.scheduler)
+            return _Job(config, data, held_back(plan, data.spec), _start(options, config, data))
+        model = find_model(options.model or DEFAULT_MODEL)
+        config = addition_config(config, read_spec(model))
+        spec = addition_spec(config, plan, read_spec(model), options.add_modality)
+        data = plan_data(config, plan, cache, emit, spec, options.scheduler)
+        return _Job(config, data, held_back(plan, data.spec), start_addition(model, data))
+
+
+def _start(options: argparse.Namespace, config: TrainConfig, data: TrainingData) -> MoESwinUNet | None:
+    from .training.start import start_network
+
+    return start_network(options.init, config, data.spec.structures) if options.init else None
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """The plan that was named, or the one of the folders, which a run that goes on finds beside it."""
+    from .training.plan import read_plan
+
+    path = options.folders[0] if options.folders[0].is_file() else options.output / "plan.json"
+    if not path.exists():
+        plan_folders(options, path)
+    return read_plan(path)
+
+
+def _with_options(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
+    """The preset with the options' name and seed, and its stages as many times as long."""
+    from .training.config import Stage
+
+    stages = tuple(replace(stage, steps=max(1, round(options.length * stage.steps))) for stage in config.stages)
+    if options.pretrain:
+        stages = (Stage("pretrain", options.pretrain, stages[0].learning_rate), *stages)
+    return replace(config, name=options.name or config.name, seed=options.seed, stages=stages)
+
+
+# What is said
+
+
+@contextmanager
+def _listener(options: argparse.Namespace) -> Iterator[Emit]:
+    """Yields what tells of events: as JSON, on a bar where stderr is a terminal, or line by line."""
+    with _tensorboard(options) as log, _bar(options) as bar:
+
+        def emit(event: Mapping[str, Any]) -> None:
+            log(event)
+            if options.json:
+                print(json.dumps(event), flush=True)
+            elif not bar(event) and (line := _line(event)):
+                say(line) if event["event"] == "left out" else print(line, flush=True)
+
+        yield emit
+
+
+@contextmanager
+def _bar(options: argparse.Namespace) -> Iterator[Callable[[Mapping[str, Any]], bool]]:
+    """Yields what shows an event on a bar, and says whether that was enough."""
+    from tqdm import tqdm
+
+    if options.json or not sys.stderr.isatty():
+        yield lambda event: False
+        return
+    with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
+
+        def show(event: Mapping[str, Any]) -> bool:
+            if event["event"] == "step":
+                bar.total, bar.n = event["overall_steps"], event["overall"]
+                bar.set_description(event["stage"], refresh=False)
+                bar.set_postfix_str(_losses(event))
+            elif line := _line(event):
+                bar.write(line, file=sys.stderr)
+            return True
+
+        yield show
+
+
+@contextmanager
+def _tensorboard(options: argparse.Namespace) -> Iterator[Emit]:
+    """Yields what logs an event for TensorBoard, where that was asked for.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+    if not options.tensorboard:
+        yield lambda event: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--tensorboard needs a package ({error}): pip install tensorboard") from error
+    with SummaryWriter(str(options.output / "tensorboard")) as writer:
+
+        def log(event: Mapping[str, Any]) -> None:
+            values = {"step": "loss", "validated": "dice"}.get(event["event"], "")
+            for key, value in event.get(values, {}).items():
+                writer.add_scalar(f"{event['event']}/{key}", value, event["overall"])
+
+        yield log
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    match event["event"]:
+        case "step":
+            return f"{event['stage']} {event['step']}/{event['steps']}: {_losses(event)}; {event['seconds']:.0f} s"
+        case "validated":
+            return f"{event['stage']} {event['step']}: validation Dice {event['score']:.3f}"
+        case "left out":
+            return f"m4oe: warning: {event['case']} is left out: {event['reason']}"
+        case "resumed":
+            return f"goes on at step {event['step']} of stage {event['stage'] + 1}"
+        case "phantoms":
+            return f"phantoms {event['made']}/{event['of']}"
+        case "memory":
+            return f"memory is short: batches are computed in {event['parts']} parts"
+        case "early stop":
+            return f"{event['stage']} {event['step']}: validation has nothing more to gain, the stage ends"
+    return ""
+
+
+def _losses(event: Mapping[str, Any]) -> str:
+    return "loss " + ", ".join(f"{key} {value:.3f}" for key, value in event["loss"].items())

@@ -1,0 +1,75 @@
+"""How a model scores on cases that training never saw, routed as any volume is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..evaluation import Score, evaluate_case
+from ..package import load_model, save_model
+from ..predictor import Predictor
+from .cache import CaseSource
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of a case.
+
+    Attributes:
+        case: Its name.
+        expert: The name of its modality's expert.
+        gate: What the gate said by itself: a probability of each expert; empty where there is no image gate.
+        scores: By structure.
+    """
+
+    case: str
+    expert: str
+    gate: Mapping[str, float]
+    scores: tuple[Score, ...]
+
+    @property
+    def dice(self) -> dict[str, float]:
+        """Dice of the structures that the truth has."""
+        return {score.structure: score.dice for score in self.scores if score.counted and score.dice is not None}
+
+
+def score_model(
+    model: Path, sources: Sequence[CaseSource], emit: Callable[[dict[str, Any]], None], device: str = "auto"
+) -> list[CaseResult]:
+    """Scores a model on cases and writes its mean Dice per expert and structure into its file.
+
+    Scores of experts that have no case here stay.
+    """
+    results = []
+    for result in _results(Predictor(model, device), sources):
+        results.append(result)
+        dice = {key: round(value, 4) for key, value in result.dice.items()}
+        emit({"event": "scored", "case": result.case, "expert": result.expert, "gate": result.gate, "dice": dice})
+    means = mean_dice(results)
+    emit({"event": "scores", "dice": means})
+    network, spec = load_model(model)
+    save_model(model, network, replace(spec, scores={**spec.scores, **means}))
+    return results
+
+
+def mean_dice(results: Iterable[CaseResult]) -> dict[str, dict[str, float]]:
+    """Mean Dice by expert and structure."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        by_structure = found.setdefault(result.expert, {})
+        for key, value in result.dice.items():
+            by_structure.setdefault(key, []).append(value)
+    return {expert: {key: round(fmean(dice), 3) for key, dice in by.items()} for expert, by in found.items()}
+
+
+def _results(predictor: Predictor, sources: Sequence[CaseSource]) -> Iterator[CaseResult]:
+    keys, experts = predictor.spec.label_keys, predictor.spec.expert_names
+    for source in sources:
+        image, truth = source.load()
+        assert truth is not None  # cases are held back with their labels
+        labels, report = predictor(image)
+        scores = evaluate_case(labels, truth, keys, annotated=source.annotated, case=source.name)
+        yield CaseResult(source.name, experts[source.expert], report.gate, tuple(scores))
