@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from .connection import Connection, Frame, Job
+from .connection import Connection, Frame
 from .geometry import Volume, pack_volume, unpack_volume
-from .jobs import Event, Info, Report
+from .jobs import Event, Info, Job, Report
 from .spec import DEFAULT_MODEL
 
 T = TypeVar("T")

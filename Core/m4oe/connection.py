@@ -14,79 +14,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import IO, Any, Generic, NamedTuple, TypeVar, cast
+from queue import SimpleQueue
+from typing import IO, Any, NamedTuple, cast
 
 from . import __version__
-from .jobs import GREETING, PROTOCOL, Cancelled, Event, receive, send
+from .jobs import GREETING, PROTOCOL, Cancelled, Job, receive, send
 
-T = TypeVar("T")
 PATIENCE = 1.0  # seconds that a worker has to obey
 _TAIL_BYTES, _TAIL_LINES, _TAIL_WIDTH = 8192, 12, 300
 _MOST_NOISE = 1000  # lines before the greeting, such as a login shell's
 _KILLED, _SSH_FAILED = (-9, 137), 255
-
-
-class Job(Generic[T]):
-    """A request under way; its methods, but for `result`, do not wait."""
-
-    def __init__(self, read: Callable[[dict[str, Any], bytearray], T]) -> None:
-        """Makes a job of which `read` will read the answer."""
-        self._read = read
-        self._future: Future[T] = Future()
-        self._events: SimpleQueue[Event | None] = SimpleQueue()
-        self._stop: Callable[[], None] | None = None
-
-    def events(self, seconds: float = 0.0) -> list[Event]:
-        """What happened since the last call; waits up to `seconds` for anything to happen."""
-        found: list[Event | None] = []
-        with suppress(Empty):
-            found.append(self._events.get(seconds > 0, seconds))
-            while True:
-                found.append(self._events.get_nowait())
-        return [event for event in found if event is not None]
-
-    def done(self) -> bool:
-        """Whether there is a result or an error."""
-        return self._future.done()
-
-    def result(self) -> T:
-        """The result; waits for it.
-
-        Raises:
-            Cancelled: The job was cancelled.
-            ValueError: The worker says that something it was given cannot be used.
-            RuntimeError: Something else went wrong there, or it ended; lines after the first are its last words.
-        """
-        return self._future.result()
-
-    def cancel(self) -> None:
-        """Stops the job: within a second it is done, with `Cancelled`, or else the worker is ended by force."""
-        stop, self._stop = self._stop, None
-        if stop is not None and not self.done():
-            stop()
-
-    def start(self, stop: Callable[[], None]) -> None:
-        """For the connection: the job is on its way and can be stopped like this."""
-        self._stop = stop
-
-    def tell(self, phase: str, fraction: float) -> None:
-        """For the connection: an event."""
-        self._events.put(Event(phase, fraction))
-
-    def finish(self, message: dict[str, Any], data: bytearray) -> None:
-        """For the connection: the answer."""
-        self._future.set_result(self._read(message, data))
-        self._events.put(None)
-
-    def fail(self, error: Exception) -> None:
-        """For the connection: an error, of no account where the job is done."""
-        with suppress(InvalidStateError):
-            self._future.set_exception(error)
-        self._events.put(None)
 
 
 class Frame(NamedTuple):
@@ -112,7 +51,8 @@ class Connection:
         Raises:
             ValueError: There is no such command.
         """
-        self._process = _start_process(command, environment)
+        self._process = process = _start_process(command, environment)
+        self._stdin, self._stdout, self._stderr = cast(Any, (process.stdin, process.stdout, process.stderr))
         self._first = frame
         self._job = frame.job
         self._lock = threading.Lock()
@@ -160,19 +100,19 @@ class Connection:
     # ---- the three threads
 
     def _write(self) -> None:
-        with cast(IO[bytes], self._process.stdin), suppress(OSError):  # nobody reads: `_read` finds out why
+        with self._stdin, suppress(OSError):  # nobody reads: `_read` finds out why
             while self._write_next():
                 pass
 
     def _write_next(self) -> bool:
         frame = self._outbox.get()
         if frame is not None:
-            send(cast(IO[bytes], self._process.stdin), frame.message, frame.data, partial(frame.job.tell, "send"))
+            send(self._stdin, frame.message, frame.data, partial(frame.job.tell, "send"))
         return frame is not None
 
     def _read(self) -> None:
         try:
-            with cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, self._process.stdout))) as stream:
+            with io.BufferedReader(self._stdout) as stream:
                 self._greet(stream)
                 while True:
                     self._handle(*receive(stream, self._received))
@@ -184,7 +124,7 @@ class Connection:
             self._end("there is too little memory here for the worker's answer; close other programs")
 
     def _hear(self) -> None:
-        with cast(IO[bytes], self._process.stderr) as stream:
+        with self._stderr as stream:
             while chunk := stream.read(_TAIL_BYTES):
                 self._remember(chunk)
 
@@ -216,8 +156,9 @@ class Connection:
             case "progress":
                 self._job.tell(message["phase"], message["fraction"])
             case "result":
-                self._job.finish(message, data)
-                self._forget(self._job)
+                job = self._job  # from its finish on it may be another one
+                job.finish(message, data)
+                self._forget(job)
             case "failed":
                 kinds = {"Cancelled": Cancelled, "ValueError": ValueError}
                 error = kinds.get(message["kind"], RuntimeError)(message["message"])
@@ -270,7 +211,7 @@ class Connection:
         """What the exit code tells, and what to do."""
         how = "closed its output" if code is None else f"ended with {_exit_name(code)}"
         if not self._greeted:
-            return f"the worker {how} before it started; try its command in a terminal"
+            return f"the worker {how} before it started; try its command in a terminal (a Python must be 3.11 or newer)"
         if code in _KILLED:
             return (
                 "the worker was killed, most likely by the system as the memory ran out; "

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import IO, Any, NamedTuple
+from queue import Empty, SimpleQueue
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 from .spec import ModelSpec
 
+T = TypeVar("T")
 PROTOCOL = 1
 GREETING = "m4oe"  # first key of the worker's first line
 _LONGEST_LINE = 64 * 1024 * 1024
@@ -120,6 +124,65 @@ class Info:
         devices = tuple(Device(**device) for device in values["devices"])
         models = {path: ModelSpec.from_json(spec) for path, spec in values["models"].items()}
         return cls(**{**values, "devices": devices, "models": models})
+
+
+class Job(Generic[T]):
+    """A request under way; its methods, but for `result`, do not wait."""
+
+    def __init__(self, read: Callable[[dict[str, Any], bytearray], T]) -> None:
+        """Makes a job of which `read` will read the answer."""
+        self._read = read
+        self._future: Future[T] = Future()
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
+        self._stop: Callable[[], None] | None = None
+
+    def events(self, seconds: float = 0.0) -> list[Event]:
+        """What happened since the last call; waits up to `seconds` for anything to happen."""
+        found: list[Event | None] = []
+        with suppress(Empty):
+            found.append(self._events.get(seconds > 0, seconds))
+            while True:
+                found.append(self._events.get_nowait())
+        return [event for event in found if event is not None]
+
+    def done(self) -> bool:
+        """Whether there is a result or an error."""
+        return self._future.done()
+
+    def result(self) -> T:
+        """The result; waits for it.
+
+        Raises:
+            Cancelled: The job was cancelled.
+            ValueError: The worker says that something it was given cannot be used.
+            RuntimeError: Something else went wrong there, or it ended; lines after the first are its last words.
+        """
+        return self._future.result()
+
+    def cancel(self) -> None:
+        """Stops the job: within a second it is done, with `Cancelled`, or else the worker is ended by force."""
+        stop, self._stop = self._stop, None
+        if stop is not None and not self.done():
+            stop()
+
+    def start(self, stop: Callable[[], None]) -> None:
+        """For the connection: the job is on its way and can be stopped like this."""
+        self._stop = stop
+
+    def tell(self, phase: str, fraction: float) -> None:
+        """For the connection: an event."""
+        self._events.put(Event(phase, fraction))
+
+    def finish(self, message: dict[str, Any], data: bytearray) -> None:
+        """For the connection: the answer."""
+        self._future.set_result(self._read(message, data))
+        self._events.put(None)
+
+    def fail(self, error: Exception) -> None:
+        """For the connection: an error, of no account where the job is done."""
+        with suppress(InvalidStateError):
+            self._future.set_exception(error)
+        self._events.put(None)
 
 
 def send(

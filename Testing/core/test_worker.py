@@ -185,7 +185,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def pids_of(job: Any) -> list[int]:
+def pids_of(job: jobs.Job[Any]) -> list[int]:
     """The worker and its child, once the job has begun to ignore everybody."""
     while not job.done():
         for phase, _ in job.events(1):
@@ -265,6 +265,12 @@ def test_a_volume_that_cannot_be_written_to_arrives_and_one_of_many_frames_too(s
     events: list[Event] = []
     assert np.array_equal(stand_in.segment(a_volume(array), device="echo", on_event=events.append)[0].array, array)
     assert [phase for phase, fraction in events if fraction == 1.0] == ["send", "receive"]
+
+
+def test_a_request_may_follow_at_once(stand_in: Client) -> None:
+    for number in range(100):
+        volume = a_volume(np.full((1, 1, 1), number))
+        assert stand_in.segment(volume, device="echo")[0].array == number
 
 
 def test_a_result_is_held_by_its_owner_alone(stand_in: Client) -> None:
@@ -467,7 +473,7 @@ def test_one_request_at_a_time(stand_in: Client) -> None:
 
 def test_an_unknown_request_is_refused(stand_in: Client) -> None:
     with pytest.raises(ValueError, match="the worker knows no request 'dance'"):
-        stand_in._begin(connection.Job(lambda message, data: None), {"request": "dance"}).result()
+        stand_in._begin(jobs.Job(lambda message, data: None), {"request": "dance"}).result()
 
 
 @pytest.mark.parametrize(("said", "code"), [(b"", 0), (b"hello\n", 2), (b'{"bytes": 0}\n', 2)])
