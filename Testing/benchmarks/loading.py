@@ -29,9 +29,9 @@ from m4oe.network.unet import MoESwinUNet
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec
 from m4oe.training.augment import AUGMENT, AugmentConfig, Augmenter, Chance
 from m4oe.training.cache import CaseSource, build_cache
-from m4oe.training.config import DEMO
+from m4oe.training.config import DEMO, Stage
 from m4oe.training.data import Case, Sampler, prefetched
-from m4oe.training.loss import segmentation_loss
+from m4oe.training.stages import Objective
 from scipy import ndimage
 
 SIZES, SLICES, CROP, IMAGES = (512, 256), 24, 224, 4
@@ -130,6 +130,7 @@ def measure_waiting(spec: ModelSpec, steps: int, device: torch.device, folder: P
     sampler = Sampler(cases, IMAGES, DEMO.crop, 3, 0, margin, pinned=device.type == "cuda")
     augment = Augmenter(spec, DEMO.crop, device=device)
     network = MoESwinUNet(spec.network, len(STRUCTURES) + 1).to(device).train()
+    losses_of = Objective(Stage("experts", 1, 1e-3), spec, device, True, lambda tensor: tensor)
     optimiser = torch.optim.AdamW(network.parameters(), fused=True)
     waited = varied = total = 0.0
     with closing(prefetched(sampler.crops_at, count())) as stream:
@@ -139,10 +140,8 @@ def measure_waiting(spec: ModelSpec, steps: int, device: torch.device, folder: P
             fetched = time.perf_counter()
             batch = augment(crops)
             augmented = time.perf_counter()
-            weights = torch.nn.functional.one_hot(batch.experts_B, len(EXPERTS)).float()
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                scores = network(batch.images_BSHW, weights)
-            segmentation_loss(scores, batch.labels_BHW, batch.annotated_BK).backward()
+                sum(losses_of(network, batch, 0.0).values()).backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if device.type == "cuda":
