@@ -152,11 +152,9 @@ def run_arm(arm: str, config: TrainConfig, data: TrainingData, volumes: Sequence
         models = [train(config, replace(data, spec=replace(data.spec, network=network)), folder, say)] * len(names)
     trained = time.process_time() - start
     predictors = {model: Predictor(model, "cpu", "float32") for model in set(models)}
-    start = time.process_time()
     scores = [score(predictors[models[MODALITIES.index(volume.expert)]], volume) for volume in volumes]
-    seconds = (time.process_time() - start) / len(volumes)
     dense = arm in ("dense", "one each")
-    return {"trained": trained, "seconds": seconds, "scores": scores, **cost(predictors[models[0]].network, arm, dense)}
+    return {"trained": trained, "scores": scores, **cost(predictors[models[0]].network, arm, dense)}
 
 
 def only(data: TrainingData, network: NetworkSpec, index: int) -> TrainingData:
@@ -223,7 +221,9 @@ def real_volumes(folder: Path | None) -> list[Held]:
 
 def score(predictor: Predictor, volume: Held) -> dict[str, Any]:
     """Dice by structure, routed as any volume is, and with the right expert named."""
+    start = time.process_time()
     labels, report = predictor(volume.image)
+    seconds = time.process_time() - start
     named = volume.expert in predictor.spec.expert_names and predictor.network.router is not None
     right = named and report.expert_weights[volume.expert] == 1
     forced = predictor(volume.image, volume.expert)[0] if named and not right else labels
@@ -232,6 +232,7 @@ def score(predictor: Predictor, volume: Held) -> dict[str, Any]:
         "name": volume.name,
         "expert": volume.expert,
         "gate": report.gate,
+        "seconds": seconds,
         "dice": dice_by_key(labels, volume.truth),
         "named": dice_by_key(forced, volume.truth),
     }
@@ -245,26 +246,24 @@ def dice_by_key(labels: Volume, truth: Volume) -> dict[str, float]:
 def mixture_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean and standard deviation over seeds of the mean Dice of liver, kidneys and spleen, and what each arm costs."""
     groups = list(dict.fromkeys(score["group"] for row in rows for score in row["scores"]))
-    head = [
-        *groups,
-        "phantoms, expert named",
-        "real, expert named",
-        "parameters, M",
-        "at work, M",
-        "GFLOP",
-        "s per volume",
-        "s to train",
-        "gate right",
+    arms = {name: [row for row in rows if row["arm"] == name] for name in dict.fromkeys(row["arm"] for row in rows)}
+    kinds = {kind: f"{kind}, expert named" for kind in ("phantoms", "real") if any(g.startswith(kind) for g in groups)}
+    lines = [
+        f"| Dice | {' | '.join([*groups, 'phantoms', *kinds.values()])} |",
+        "|---" * (len(groups) + len(kinds) + 2),
     ]
-    lines = [f"| arm | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm]
-        cells = [spread([group_dice(row, group) for row in mine]) for group in groups]
-        cells += [spread([group_dice(row, kind, "named") for row in mine]) for kind in ("phantoms", "real")]
-        cells += [f"{mine[0][key]:.3f}" for key in ("parameters", "active", "gflop")]
-        cells += [f"{mean(row[key] for row in mine):.{digits}f}" for key, digits in (("seconds", 2), ("trained", 0))]
-        lines.append(f"| {arm} | {' | '.join([*cells, gate_accuracy(mine)])} |")
-    return "\n".join(lines)
+    for name, mine in arms.items():
+        cells = [spread([group_dice(row, group) for row in mine]) for group in (*groups, "phantoms")]
+        cells += [spread([group_dice(row, kind, "named") for row in mine]) for kind in kinds]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    head = ("parameters, M", "at work, M", "GFLOP per slice", "s per volume", "s to train", "gate right")
+    lines += ["", f"| cost | {' | '.join(head)} |", "|---" * (len(head) + 1)]
+    for name, mine in arms.items():
+        cells = [f"{mine[0][key]:.3f}" for key in ("parameters", "active", "gflop")]
+        spent = mean(score["seconds"] for row in mine for score in row["scores"])
+        cells += [f"{spent:.2f}", f"{mean(row['trained'] for row in mine):.0f}", gate_accuracy(mine)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(f"{line}|" if line.startswith("|---") else line for line in lines)
 
 
 def group_dice(row: Mapping[str, Any], group: str, kind: str = "dice") -> float:
