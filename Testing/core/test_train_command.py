@@ -13,7 +13,7 @@ import pytest
 import torch
 from m4oe import train_report
 from m4oe.__main__ import main
-from m4oe.files import read_volume, write_volume
+from m4oe.files import write_volume
 from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import load_model, save_model
@@ -297,9 +297,3 @@ def test_a_soft_mixture_takes_no_expert(base: Path, tmp_path: Path, capsys: Capt
     add = ["--add-modality", "mr_t1ce", "--model", str(tmp_path / "soft.safetensors"), "-o", str(tmp_path / "run")]
     assert main(["train", str(a_data_set(tmp_path / "set", "mr_t1ce")), *add]) == 2
     assert "its gate does not choose one expert for an image" in capsys.readouterr().err
-
-
-def test_data_files_are_what_they_were(base: Path) -> None:
-    """The helper above writes volumes that read back as they are."""
-    image, _ = a_volume("ct", 0)
-    assert np.array_equal(read_volume(base.parent / "set" / "ct_0.nii.gz").array, image.array)
