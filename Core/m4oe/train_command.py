@@ -132,8 +132,9 @@ def _plan(options: argparse.Namespace) -> Plan:
     """The plan that was named, or the one of the folders, which a run that goes on finds beside it."""
     from .training.plan import read_plan
 
-    path = options.folders[0] if options.folders[0].is_file() else options.output / "plan.json"
-    if not path.exists():
+    named = options.folders[0].is_file() or options.folders[0].suffix == ".json"
+    path = options.folders[0] if named else options.output / "plan.json"
+    if not named and not path.exists():
         plan_folders(options, path)
     return read_plan(path)
 

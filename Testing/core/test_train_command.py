@@ -164,6 +164,11 @@ def test_a_run_needs_a_plan_or_phantoms(tmp_path: Path, capsys: Captured) -> Non
     assert "expected a plan of m4oe data plan, folders with data sets, or --phantoms" in capsys.readouterr().err
 
 
+def test_a_plan_that_is_missing_is_told(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["train", str(tmp_path / "plan.json"), "-o", str(tmp_path / "run")]) == 2
+    assert "plan.json cannot be read (No such file or directory); expected a plan" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "file").touch()
     assert main(["train", "--phantoms", "--quick", "-o", str(tmp_path / "file")]) == 2
