@@ -154,7 +154,7 @@ def pack_volume(volume: Volume) -> tuple[dict[str, Any], memoryview]:
     return header, array.reshape(-1).view(np.uint8).data
 
 
-def unpack_volume(header: dict[str, Any], data: bytes | bytearray) -> Volume:
+def unpack_volume(header: dict[str, Any], data: bytes | bytearray | memoryview) -> Volume:
     """The volume that `pack_volume` took apart; its array is a view of `data`.
 
     Raises:

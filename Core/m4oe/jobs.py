@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from queue import Empty, SimpleQueue
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 from .spec import ModelSpec
 
 T = TypeVar("T")
-PROTOCOL = 1
+PROTOCOL = 2
 GREETING = "m4oe"  # first key of the worker's first line
 _LONGEST_LINE = 64 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -52,6 +52,7 @@ class Report:
         peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
         volumes_ml: Volume of each structure that was found.
         warnings: Sentences for the user.
+        confidence: Mean probability, in [0, 1], that the network gave each structure where it found it.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Report:
     peak_memory_mib: dict[str, float]
     volumes_ml: dict[str, float]
     warnings: tuple[str, ...]
+    confidence: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The report as indented JSON."""

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,15 +20,18 @@ from .geometry import Grid, Volume
 from .jobs import Cancelled, Report
 from .labels import Structure, structure
 from .network.moe import keep_top_k
+from .network.swin import SwinBlock
 from .network.unet import MoESwinUNet
 from .package import load_model
-from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, LabelPainter, modality_evidence
+from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, FieldPainter, LabelPainter, modality_evidence
 from .spec import DEFAULT_MODEL, find_model
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+QUALITIES = {"standard": 1.0, "fast": 2.0}  # times the model's slice spacing
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.6
+_CONFIDENT = 0.6  # mean probability of a structure below which the user is warned
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Predictor:
         structures: Sequence[str] | None = None,
         progress: Callable[[str, float], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        quality: str = "standard",
+        uncertainty: np.ndarray | None = None,
     ) -> tuple[Volume, Report]:
         """Segments a volume.
 
@@ -116,42 +121,62 @@ class Predictor:
             expert: "auto" lets the gate decide once for the whole volume; a name overrules it.
             structures: Keys of the structures to keep; None keeps all.
             progress: Called between slabs with the phase and the fraction done in [0, 1].
-            cancelled: Asked between slabs; True stops.
+            cancelled: Asked between layers of the network; True stops.
+            quality: "fast" looks at every second slice of the model's grid, at half the time.
+            uncertainty: uint8 of the volume's shape; receives percents, 0 where the network is sure and 100
+                where all classes are as likely (the entropy of their probabilities).
 
         Returns:
             Labels (unsigned; `spec.label_keys` tells which is which) on the volume's own grid, and a report.
 
         Raises:
-            ValueError: The expert or a structure is unknown to the model, or its gate lets no expert be chosen.
+            ValueError: The expert or a structure is unknown to the model, or its gate lets no expert be chosen; or
+                the quality is unknown.
             Cancelled: `cancelled` said so.
         """
         keep = self.spec.labels_of(structures) if structures is not None else list(self.spec.label_keys)
         forced = None if expert == "auto" else self.spec.expert_index(expert)
+        if quality not in QUALITIES:
+            raise ValueError(f"quality {quality!r} is unknown; expected one of {', '.join(QUALITIES)}")
         phases = _Phases(self.device)
         progress = progress or (lambda phase, fraction: None)
         progress("prepare", 0.0)
-        with phases.watched():
+        with phases.watched(), ExitStack() as stack:
+            stack.enter_context(_stoppable(self.network, cancelled))
             with phases("prepare"):
                 evidence = modality_evidence(volume)
-                canonical = self._canonical(volume, evidence, forced)
+                canonical = self._canonical(volume, evidence, forced, QUALITIES[quality])
             with phases("route"):
                 route = self._route(canonical, evidence, forced)
                 network, classes = self._select(route.weights, forced)
+                stack.enter_context(_stoppable(network, cancelled))
             found = np.zeros(volume.array.shape, np.uint8)
             labels = Volume(found, volume.grid).to_axes(CANONICAL_AXES).array
-            for fraction in self._paint(network, canonical, labels, phases):
+            probabilities = _Probabilities(canonical, volume.grid, len(classes), uncertainty)
+            for fraction in self._paint(network, canonical, labels, phases, probabilities):
                 progress("segment", fraction)
-                if cancelled is not None and cancelled():
-                    raise Cancelled("segmentation was cancelled; nothing was written")
+                _stop_if(cancelled)
             with phases("cleanup"):
                 counts = self._clean(labels, classes, keep, volume.grid.voxel_ml)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
-        warnings = (*volume.warnings, *route.doubts, *_volume_warnings(volumes, cut, volume.grid))
-        return Volume(found, volume.grid, volume.name), self._report(phases, route, volumes, warnings)
+        sure = probabilities.by_class()
+        confidence = {key: sure[classes.index(label)] for label, key in self.spec.label_keys.items() if key in volumes}
+        warnings = (
+            *volume.warnings,
+            *route.doubts,
+            *_volume_warnings(volumes, cut, volume.grid),
+            *_confidence_warnings(confidence),
+        )
+        return Volume(found, volume.grid, volume.name), self._report(phases, route, volumes, warnings, confidence)
 
     def _report(
-        self, phases: _Phases, route: _Route, volumes_ml: dict[str, float], warnings: tuple[str, ...]
+        self,
+        phases: _Phases,
+        route: _Route,
+        volumes_ml: dict[str, float],
+        warnings: tuple[str, ...],
+        confidence: dict[str, float],
     ) -> Report:
         return Report(
             model=f"{self.spec.name} {self.spec.version}",
@@ -164,13 +189,17 @@ class Predictor:
             peak_memory_mib=dict(phases.memory),
             volumes_ml=volumes_ml,
             warnings=warnings,
+            confidence=confidence,
         )
 
-    def _canonical(self, volume: Volume, evidence: Evidence, forced: int | None) -> CanonicalVolume:
+    def _canonical(
+        self, volume: Volume, evidence: Evidence, forced: int | None, coarser: float = 1.0
+    ) -> CanonicalVolume:
         """The volume under the intensity rule of the forced expert, or else of what the volume seems to be."""
         modality = self.spec.experts[forced].modality if forced is not None else evidence.modality
         rule = self.spec.intensity.get(modality) or next(iter(self.spec.intensity.values()))
-        return CanonicalVolume(volume, self.spec.pixel_mm, self.spec.slice_mm, rule, evidence.offset, self.device)
+        slice_mm = self.spec.slice_mm * coarser
+        return CanonicalVolume(volume, self.spec.pixel_mm, slice_mm, rule, evidence.offset, self.device)
 
     def _route(self, canonical: CanonicalVolume, evidence: Evidence, forced: int | None) -> _Route:
         """Expert weights for the whole volume, and what the user should know about the choice.
@@ -226,7 +255,12 @@ class Predictor:
         return self.network.select_experts(weights).with_classes(classes), classes
 
     def _paint(
-        self, network: MoESwinUNet, canonical: CanonicalVolume, labels: np.ndarray, phases: _Phases
+        self,
+        network: MoESwinUNet,
+        canonical: CanonicalVolume,
+        labels: np.ndarray,
+        phases: _Phases,
+        probabilities: _Probabilities,
     ) -> Iterator[float]:
         """Fills `labels` slab by slab; yields the fraction done before each slab and at the end."""
         count, batch = canonical.shape[0], _BATCH[self.device.type]
@@ -240,6 +274,7 @@ class Predictor:
                 scores = _scores(network, stacks)
             with phases("upsample"):
                 painter.add(scores)
+                probabilities.add(scores)
         yield 1.0
 
     def _clean(self, labels: np.ndarray, classes: list[int], keep: list[int], voxel_ml: float) -> dict[int, int]:
@@ -248,6 +283,48 @@ class Predictor:
         if values != list(range(len(values))):
             labels[...] = np.array(values, labels.dtype)[labels]
         return remove_islands(labels, self.spec.label_keys, voxel_ml)
+
+
+class _Probabilities:
+    """What the network thinks of its own result: a mean probability per class, and a map where it is wanted."""
+
+    def __init__(self, canonical: CanonicalVolume, grid: Grid, classes: int, uncertainty: np.ndarray | None) -> None:
+        self._sums_2K = torch.zeros(2, classes, device=canonical.device)  # voxels, and their probabilities
+        self._painter = None
+        if uncertainty is not None:
+            array = Volume(uncertainty, grid).to_axes(CANONICAL_AXES).array
+            self._painter = FieldPainter(canonical.source.grid.shape, canonical.shape, array)
+
+    def add(self, scores_ZHWK: torch.Tensor) -> None:
+        """Takes the scores of the next canonical slices."""
+        p_ZHWK = scores_ZHWK.softmax(-1)
+        best = p_ZHWK.max(-1)
+        for row, values in zip(self._sums_2K, (torch.ones_like(best.values), best.values), strict=True):
+            row.index_add_(0, best.indices.flatten(), values.flatten())
+        if self._painter is not None:
+            entropy_ZHW = torch.special.entr(p_ZHWK).sum(-1) / math.log(p_ZHWK.shape[-1])
+            self._painter.add(entropy_ZHW[..., None].clamp(0, 1) * 100)
+
+    def by_class(self) -> list[float]:
+        """Mean probability of each class where it was the best."""
+        voxels_K, sums_K = self._sums_2K
+        return (sums_K / voxels_K.clamp(min=1)).tolist()
+
+
+@contextmanager
+def _stoppable(network: MoESwinUNet, cancelled: Callable[[], bool] | None) -> Iterator[None]:
+    """Asks `cancelled` before every block of the network, as a whole slab may take seconds."""
+    with ExitStack() as hooks:
+        for block in network.modules() if cancelled is not None else ():
+            if isinstance(block, SwinBlock):
+                hook = block.register_forward_pre_hook(lambda *call: _stop_if(cancelled))
+                hooks.callback(hook.remove)
+        yield
+
+
+def _stop_if(cancelled: Callable[[], bool] | None) -> None:
+    if cancelled is not None and cancelled():
+        raise Cancelled("segmentation was cancelled; nothing was written")
 
 
 def available_devices() -> list[str]:
@@ -331,6 +408,11 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -
     if names := [found[key].name for key in cut if key in found]:
         warnings.append(f"at the edge of the field of view, so cut or not there at all: {', '.join(names)}")
     return warnings
+
+
+def _confidence_warnings(confidence: dict[str, float]) -> list[str]:
+    unsure = [f"{structure(key).name} ({value:.0%})" for key, value in confidence.items() if value < _CONFIDENT]
+    return [f"low confidence: {', '.join(unsure)}"] if unsure else []
 
 
 def _is_plausible(item: Structure, found_ml: float, cut: bool) -> bool:

@@ -403,6 +403,13 @@ def test_a_cancelled_run_stops_after_the_slab(predictor: Predictor) -> None:
     assert predictor(a_ct())[1].volumes_ml  # the predictor is as good as new
 
 
+def test_a_cancelled_run_stops_between_two_layers(predictor: Predictor) -> None:
+    asked: list[bool] = []
+    with pytest.raises(Cancelled):
+        predictor(a_ct(), cancelled=lambda: bool(asked.append(True)) or len(asked) == 3)
+    assert len(asked) == 3
+
+
 def test_a_run_that_nobody_cancels_ends(predictor: Predictor) -> None:
     assert predictor(a_ct(), cancelled=lambda: False)[0].array.any()
 
@@ -449,6 +456,51 @@ def test_the_report_says_what_was_done(predictor: Predictor) -> None:
         assert volume_ml == pytest.approx(voxels * 1.5 * 1.5 * 2 / 1000)
 
 
+# ---- quality, probabilities
+
+
+def test_fast_looks_at_half_of_the_slices(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    count = module._scores
+    monkeypatch.setattr(module, "_scores", lambda network, stacks: seen.append(len(stacks)) or count(network, stacks))
+    for quality in ("standard", "fast"):
+        predictor(a_volume(smooth(24, 12, 12), spacing=(1.5, 1.5, 3.0)), quality=quality)
+    assert sum(seen) == 24 + 12  # slices
+
+
+def test_an_unknown_quality_is_refused_with_the_choices(predictor: Predictor) -> None:
+    with pytest.raises(ValueError, match="'best' is unknown; expected one of standard, fast"):
+        predictor(a_ct(), quality="best")
+
+
+def test_uncertainty_is_the_entropy_where_the_network_looked(predictor: Predictor) -> None:
+    volume = a_volume(smooth(6, 12, 12), spacing=(2.0, 2.0, 3.0), modality="CT")  # its grid is the canonical one
+    uncertainty = np.full(volume.array.shape, 255, np.uint8)
+    labels, report = predictor(volume, uncertainty=uncertainty)
+    canonical = CanonicalVolume(volume, 2.0, 3.0, SPEC.intensity["CT"])
+    network = predictor.network.select_experts((1.0, 0.0, 0.0))
+    with torch.inference_mode():
+        p_ZHWK = network(canonical.stacks(0, 6, 3)).softmax(-1)
+    expected = (100 * torch.special.entr(p_ZHWK).sum(-1) / np.log(5)).numpy()
+    found = Volume(uncertainty, volume.grid).to_axes("LPS").array
+    np.testing.assert_allclose(found, expected, atol=0.51)
+    best = p_ZHWK.max(-1)
+    liver = best.values[best.indices == 1].mean()
+    assert report.confidence["liver"] == pytest.approx(float(liver), abs=1e-4)
+    assert set(report.confidence) == set(report.volumes_ml) != set()
+
+
+def test_asking_for_uncertainty_changes_no_label(predictor: Predictor) -> None:
+    plain, _ = predictor(a_ct())
+    labels, _ = predictor(a_ct(), uncertainty=np.zeros(a_ct().array.shape, np.uint8))
+    np.testing.assert_array_equal(labels.array, plain.array)
+
+
+def test_a_structure_of_low_confidence_is_told() -> None:
+    assert module._confidence_warnings({"liver": 0.9, "spleen": 0.41}) == ["low confidence: Spleen (41%)"]
+    assert module._confidence_warnings({"liver": 0.9}) == []
+
+
 def test_nothing_found_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     constant(predictor, 0, monkeypatch)
     labels, report = predictor(an_mr())
@@ -459,7 +511,7 @@ def test_nothing_found_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyP
 def test_a_structure_at_the_border_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     constant(predictor, 2, monkeypatch)
     _, report = predictor(an_mr())
-    assert [text for text in report.warnings if "Spleen" in text] == [
+    assert [text for text in report.warnings if "at the edge" in text] == [
         "at the edge of the field of view, so cut or not there at all: Spleen"
     ]
 
@@ -468,7 +520,7 @@ def test_a_single_slice_is_not_cut_by_its_own_plane(predictor: Predictor, monkey
     constant(predictor, 2, monkeypatch)
     _, report = predictor(a_volume(np.abs(smooth(1, 24, 24)), modality="MR"), expert="mr_t1")
     assert "spleen" in report.volumes_ml
-    assert report.warnings == ("a single slice: volumes are areas times 2 mm, and were not compared with patients'",)
+    assert report.warnings[0] == "a single slice: volumes are areas times 2 mm, and were not compared with patients'"
 
 
 @pytest.mark.parametrize(("millimetres", "word"), [(1.0, "outside"), (18.0, "outside"), (10.0, "")])

@@ -54,7 +54,9 @@ class StandIn:
     def __init__(self, path, device, precision):
         self.work = getattr(self, device)
 
-    def __call__(self, volume, expert, structures, progress, cancelled):
+    def __call__(self, volume, expert, structures, progress, cancelled, quality, uncertainty):
+        if uncertainty is not None:
+            uncertainty[:] = 7
         progress("prepare", 0.0)
         told = self.work(progress) or ""
         return volume, Report(str(os.getpid()), told, "", {}, {}, "", {}, {}, {}, volume.warnings)
@@ -163,6 +165,14 @@ def stand_in() -> Iterator[Client]:
 
 def process_of(client: Client) -> str:
     return client.segment(a_volume(), device="echo")[1].model
+
+
+def test_uncertainty_comes_with_the_labels(stand_in: Client) -> None:
+    volume = a_volume()
+    uncertainty = np.zeros(volume.array.shape, np.uint8)
+    labels, _ = stand_in.segment(volume, device="echo", uncertainty=uncertainty)
+    assert np.array_equal(labels.array, volume.array)
+    assert (uncertainty == 7).all()
 
 
 def wait_until_gone(*processes: int) -> None:
