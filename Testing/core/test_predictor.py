@@ -476,7 +476,7 @@ def test_an_unknown_quality_is_refused_with_the_choices(predictor: Predictor) ->
 def test_uncertainty_is_the_entropy_where_the_network_looked(predictor: Predictor) -> None:
     volume = a_volume(smooth(6, 12, 12), spacing=(2.0, 2.0, 3.0), modality="CT")  # its grid is the canonical one
     uncertainty = np.full(volume.array.shape, 255, np.uint8)
-    labels, report = predictor(volume, uncertainty=uncertainty)
+    _, report = predictor(volume, uncertainty=uncertainty)
     canonical = CanonicalVolume(volume, 2.0, 3.0, SPEC.intensity["CT"])
     network = predictor.network.select_experts((1.0, 0.0, 0.0))
     with torch.inference_mode():
