@@ -186,6 +186,26 @@ def foreground_box(labels: NDArray[Any]) -> tuple[slice, slice, slice] | None:
     return k, j, i
 
 
+def label_intensities(labels: NDArray[Any], image: NDArray[Any]) -> dict[int, tuple[float, float]]:
+    """Mean and standard deviation of an image, by label; voxels that are no finite number do not count.
+
+    Args:
+        labels: uint8 [k, j, i], 0 is background.
+        image: Of the same shape, any type.
+    """
+    sums = np.zeros((3, 256))  # voxels, values, squares
+    for plane, values in zip(labels, image, strict=True):
+        inside = (plane > 0) & np.isfinite(values)
+        found, chosen = plane[inside], values[inside].astype(np.float64)
+        for row, weights in zip(sums, (None, chosen, chosen**2), strict=True):
+            row += np.bincount(found, weights, 256)
+    count, total, squares = sums[:, sums[0] > 0]
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    present = np.flatnonzero(sums[0]).tolist()
+    return {label: (float(m), float(d)) for label, m, d in zip(present, mean, deviation, strict=True)}
+
+
 class _Move(NamedTuple):
     source: int  # voxel axis (0 = i) that the new axis comes from
     flip: bool

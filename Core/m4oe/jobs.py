@@ -53,6 +53,7 @@ class Report:
         volumes_ml: Volume of each structure that was found.
         warnings: Sentences for the user.
         confidence: Mean probability, in [0, 1], that the network gave each structure where it found it.
+        intensities: Mean and standard deviation of the volume's values in each structure.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Report:
     volumes_ml: dict[str, float]
     warnings: tuple[str, ...]
     confidence: dict[str, float] = field(default_factory=dict)
+    intensities: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The report as indented JSON."""
@@ -75,6 +77,7 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote."""
         values = json.loads(text)
+        values["intensities"] = {key: tuple(pair) for key, pair in values.get("intensities", {}).items()}
         return cls(**{**values, "warnings": tuple(values["warnings"])})
 
 

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from .cleanup import remove_islands
-from .geometry import Grid, Volume
+from .geometry import Grid, Volume, label_intensities
 from .jobs import Cancelled, Report
 from .labels import Structure, structure
 from .network.moe import keep_top_k
@@ -158,6 +158,7 @@ class Predictor:
                 _stop_if(cancelled)
             with phases("cleanup"):
                 counts = self._clean(labels, classes, keep, volume.grid.voxel_ml)
+                intensities = label_intensities(found, volume.array)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
         sure = probabilities.by_class()
@@ -168,17 +169,7 @@ class Predictor:
             *_volume_warnings(volumes, cut, volume.grid),
             *_confidence_warnings(confidence),
         )
-        return Volume(found, volume.grid, volume.name), self._report(phases, route, volumes, warnings, confidence)
-
-    def _report(
-        self,
-        phases: _Phases,
-        route: _Route,
-        volumes_ml: dict[str, float],
-        warnings: tuple[str, ...],
-        confidence: dict[str, float],
-    ) -> Report:
-        return Report(
+        report = Report(
             model=f"{self.spec.name} {self.spec.version}",
             device=str(self.device),
             precision=str(self.precision).removeprefix("torch."),
@@ -187,10 +178,12 @@ class Predictor:
             chosen_by=route.chosen_by,
             seconds=dict(phases.seconds),
             peak_memory_mib=dict(phases.memory),
-            volumes_ml=volumes_ml,
+            volumes_ml=volumes,
             warnings=warnings,
             confidence=confidence,
+            intensities={self.spec.label_keys[label]: pair for label, pair in intensities.items()},
         )
+        return Volume(found, volume.grid, volume.name), report
 
     def _canonical(
         self, volume: Volume, evidence: Evidence, forced: int | None, coarser: float = 1.0
