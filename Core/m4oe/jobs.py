@@ -54,6 +54,7 @@ class Report:
         warnings: Sentences for the user.
         confidence: Mean probability, in [0, 1], that the network gave each structure where it found it.
         intensities: Mean and standard deviation of the volume's values in each structure.
+        flags: What to check, by structure: "implausible" volume, "cut" by the field of view, "low confidence".
     """
 
     model: str
@@ -68,6 +69,7 @@ class Report:
     warnings: tuple[str, ...]
     confidence: dict[str, float] = field(default_factory=dict)
     intensities: dict[str, tuple[float, float]] = field(default_factory=dict)
+    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The report as indented JSON."""
@@ -77,7 +79,8 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote."""
         values = json.loads(text)
-        values["intensities"] = {key: tuple(pair) for key, pair in values.get("intensities", {}).items()}
+        for name in ("intensities", "flags"):
+            values[name] = {key: tuple(items) for key, items in values.get(name, {}).items()}
         return cls(**{**values, "warnings": tuple(values["warnings"])})
 
 

@@ -182,6 +182,7 @@ class Predictor:
             warnings=warnings,
             confidence=confidence,
             intensities={self.spec.label_keys[label]: pair for label, pair in intensities.items()},
+            flags=_flags(volumes, cut, confidence),
         )
         return Volume(found, volume.grid, volume.name), report
 
@@ -401,6 +402,16 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -
     if names := [found[key].name for key in cut if key in found]:
         warnings.append(f"at the edge of the field of view, so cut or not there at all: {', '.join(names)}")
     return warnings
+
+
+def _flags(volumes_ml: dict[str, float], cut: list[str], confidence: dict[str, float]) -> dict[str, tuple[str, ...]]:
+    checks = {
+        "implausible": lambda key: not _is_plausible(structure(key), volumes_ml[key], key in cut),
+        "cut": lambda key: key in cut,
+        "low confidence": lambda key: confidence.get(key, 1.0) < _CONFIDENT,
+    }
+    flags = {key: tuple(flag for flag, applies in checks.items() if applies(key)) for key in volumes_ml}
+    return {key: words for key, words in flags.items() if words}
 
 
 def _confidence_warnings(confidence: dict[str, float]) -> list[str]:

@@ -496,6 +496,11 @@ def test_asking_for_uncertainty_changes_no_label(predictor: Predictor) -> None:
     np.testing.assert_array_equal(labels.array, plain.array)
 
 
+def test_a_structure_to_check_is_flagged() -> None:
+    flags = module._flags({"liver": 9000.0, "spleen": 200.0, "aorta": 90.0}, ["spleen"], {"liver": 0.9, "spleen": 0.3})
+    assert flags == {"liver": ("implausible",), "spleen": ("cut", "low confidence")}
+
+
 def test_a_structure_of_low_confidence_is_told() -> None:
     assert module._confidence_warnings({"liver": 0.9, "spleen": 0.41}) == ["low confidence: Spleen (41%)"]
     assert module._confidence_warnings({"liver": 0.9}) == []
