@@ -6,6 +6,7 @@ of Python, `connect("clicked(bool)", f)` takes a signature, lists come as tuples
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 import sys
@@ -37,6 +38,8 @@ def install() -> tuple[types.ModuleType, Any]:
     """Changes PySide6's classes and makes the module `qt` of them; returns it and the application."""
     for module in _MODULES:
         for cls in [getattr(module, name) for name in dir(module)]:
+            if isinstance(cls, type):
+                _make_enums_numbers(cls)
             if isinstance(cls, type) and issubclass(cls, QtCore.QObject):
                 _adapt(cls)
     base = QtCore.QObject
@@ -97,6 +100,13 @@ def _make_connection(top: Any, path: Path, item: ET.Element) -> None:
     if sender is None or receiver is None or not hasattr(receiver, slot):
         raise RuntimeError(f"{path}: the connection of {signal} to {slot} cannot be made")
     sender.connect(signal, getattr(receiver, slot))
+
+
+def _make_enums_numbers(cls: type) -> None:
+    """PythonQt's enums are whole numbers."""
+    for value in vars(cls).values():
+        if isinstance(value, type) and issubclass(value, enum.Enum) and not hasattr(value, "__int__"):
+            value.__int__ = lambda member: member.value
 
 
 def _adapt(cls: type) -> None:

@@ -1,0 +1,142 @@
+"""Many cases from a folder or a table: `m4oe segment` in the worker's Python, and what it says in a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+
+from . import Worker
+from .Process import Process
+from .Run import Choices
+
+FORMATS = {"seg.nrrd": "Segmentation (.seg.nrrd)", "nii.gz": "NIfTI (.nii.gz)", "dcm": "DICOM SEG (.dcm)"}
+
+
+class Batch:
+    """A batch under way. Ask `poll` from a timer until it says that all is done.
+
+    Attributes:
+        fraction: Done of all cases.
+        sentence: How far it is, or how it ended.
+        error: Why it could not do what was asked; None while all is well.
+        stopped: Whether the user ended it.
+    """
+
+    def __init__(self, table: Any, source: str, folder: str, fileFormat: str, pictures: bool, choices: Choices) -> None:
+        """Starts it.
+
+        Args:
+            table: Widget that shows the cases.
+            source: Folder of volumes, or table of them.
+            folder: For the results.
+            fileFormat: One of `FORMATS`.
+            pictures: Whether each case gets a picture.
+            choices: Model, expert, structures, quality and device.
+
+        Raises:
+            ValueError: Something that was given cannot be used.
+        """
+        if not source or not Path(source).exists():
+            raise ValueError(_("Choose a folder of volumes or a table (.csv) as the input of the batch."))
+        if not folder:
+            raise ValueError(_("Choose a folder for the results of the batch."))
+        if Worker.place() == Worker.SSH:
+            raise ValueError(_("A batch runs on this machine, where the files are. Choose another place under Advanced."))
+        words = ["segment", source, "-o", folder, "--format", fileFormat, "--json", "--resume"]
+        words += ["--model", choices.model, "--expert", choices.expert, "--device", choices.device]
+        words += ["--quality", choices.quality, "--structures", ",".join(choices.structures)]
+        self._process = Process(Worker.command(*words, *(["--preview"] if pictures else [])), Worker.environment())
+        self._table = table
+        table.setRowCount(0)
+        table.setColumnCount(2)
+        table.setHorizontalHeaderLabels([_("Case"), _("Result")])
+        table.horizontalHeader().setStretchLastSection(True)
+        self._rows: dict[str, int] = {}
+        self._number, self._of = 0, 1
+        self.fraction, self.sentence = 0.0, _("Starting")
+        self.error: str | None = None
+        self.stopped = False
+
+    def poll(self) -> bool:
+        """Shows what happened; whether all is done."""
+        ended = self._process.done()
+        for line in self._process.lines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            self._show(event)
+        if ended and self._process.code not in (0, 1):
+            words = [text for text in self._process.tail if text.strip()]
+            self.error = "\n".join(words[-8:]) or _("The batch ended with code {code}.").format(code=self._process.code)
+        return ended
+
+    def stop(self) -> None:
+        """Ends it; the cases that are done stay, and the next start goes on after them."""
+        self.stopped = True
+        self._process.stop()
+
+    def _show(self, event: dict[str, Any]) -> None:
+        case = event.get("case", "")
+        match event.get("event"):
+            case "case":
+                self._number, self._of = event["number"], event["of"]
+                self._tell(case, _("working"))
+                self.sentence = _("Case {number} of {count}: {case}").format(
+                    number=self._number, count=self._of, case=case
+                )
+                self.fraction = (self._number - 1) / self._of
+            case "progress":
+                if event["phase"] == "segment":
+                    self.fraction = (self._number - 1 + event["fraction"]) / self._of
+            case "done":
+                found = event["report"]["volumes_ml"]
+                warnings = len(event["report"]["warnings"])
+                self._tell(case, _("{found} structures, {warnings} warnings").format(found=len(found), warnings=warnings))
+            case "skipped":
+                self._tell(case, _("done before"))
+            case "failed":
+                self._tell(case, _("failed: {error}").format(error=event["error"]))
+            case "end":
+                self.fraction = 1.0
+                self.sentence = _("{done} done, {skipped} done before, {failed} failed").format(**event)
+
+    def _tell(self, case: str, text: str) -> None:
+        if case not in self._rows:
+            self._rows[case] = self._table.rowCount
+            self._table.setRowCount(self._table.rowCount + 1)
+            self._table.setItem(self._rows[case], 0, qt.QTableWidgetItem(case))
+        item = qt.QTableWidgetItem(text)
+        item.setToolTip(text)
+        self._table.setItem(self._rows[case], 1, item)
+
+
+def tableOfSelectedSeries() -> str:
+    """A table of the series that are selected in Slicer's DICOM browser, for a batch.
+
+    Raises:
+        ValueError: None is selected.
+    """
+    browser = slicer.modules.dicom.widgetRepresentation().self().browserWidget.dicomBrowser
+    series = list(browser.dicomTableManager().currentSeriesSelection())
+    files = {uid: slicer.dicomDatabase.filesForSeries(uid) for uid in series}
+    rows = [(paths[0], uid) for uid, paths in files.items() if paths]
+    if not rows:
+        raise ValueError(_("No series is selected. Select series in the module DICOM, then press this button again."))
+    return writeTable(rows)
+
+
+def writeTable(rows: Sequence[tuple[str, str]]) -> str:
+    """Writes a table with an input and a case in each row, and returns its path."""
+    path = Path(tempfile.mkdtemp(prefix="m4oe-"), "batch.csv")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("input", "case"), *rows])
+    return str(path)
