@@ -132,7 +132,7 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         scene = slicer.mrmlScene
         self.addObserver(scene, scene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(scene, scene.EndCloseEvent, self.onSceneEndClose)
-        self.addObserver(scene, scene.EndImportEvent, self.onSceneEndClose)
+        self.addObserver(scene, scene.EndImportEvent, self.onSceneEndImport)
 
     def cleanup(self) -> None:
         """Ends what is under way when Slicer or the module ends."""
@@ -140,8 +140,8 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for running in (self._batch, self._process):
             if running is not None:
                 running.stop()
-        self.removeObservers()
         self._forgetParameterNode()
+        self.removeObservers()
         self.logic.close()
 
     def enter(self) -> None:
@@ -162,6 +162,11 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._forgetParameterNode()
 
     def onSceneEndClose(self, caller: Any, event: str) -> None:
+        self.initializeParameterNode()
+
+    def onSceneEndImport(self, caller: Any, event: str) -> None:
+        """The parameter node of the loaded scene has taken the place of the panel's."""
+        self._forgetParameterNode()
         self.initializeParameterNode()
 
     def initializeParameterNode(self) -> None:
@@ -395,9 +400,10 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _showResult(self) -> None:
         from M4oESegmentationLib import Results
+        from M4oESegmentationLib.Run import reportOf
 
         ui, node = self.ui, self.parameters.result
-        report = Results.reportOf(node)
+        report = reportOf(node)
         ui.resultsCollapsibleButton.enabled = report is not None
         ui.resultsCollapsibleButton.collapsed = report is None
         ui.show3DButton.setSegmentationNode(node)
@@ -423,13 +429,14 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         editSegmentation(self.parameters.result, self._sourceVolume())
 
     def onSaveTable(self) -> None:
-        from M4oESegmentationLib import Results
+        from M4oESegmentationLib.Results import writeCsv
+        from M4oESegmentationLib.Run import reportOf
 
         name = f"{self.parameters.result.GetName()}.csv"
         path = qt.QFileDialog.getSaveFileName(None, _("Save the table"), name, _("Tables (*.csv)"))
         if path:
             with self._errorsShown(_("The table was not saved.")):
-                Results.writeCsv(Path(path), self.parameters.result, Results.reportOf(self.parameters.result))
+                writeCsv(Path(path), self.parameters.result, reportOf(self.parameters.result))
 
     def onSaveDicom(self) -> None:
         from M4oESegmentationLib.Results import saveAsDicom

@@ -49,7 +49,9 @@ class Batch:
         if not folder:
             raise ValueError(_("Choose a folder for the results of the batch."))
         if Worker.place() == Worker.SSH:
-            raise ValueError(_("A batch runs on this machine, where the files are. Choose another place under Advanced."))
+            raise ValueError(
+                _("A batch runs on this machine, where the files are. Choose another place under Advanced.")
+            )
         words = ["segment", source, "-o", folder, "--format", fileFormat, "--json", "--resume"]
         words += ["--model", choices.model, "--expert", choices.expert, "--device", choices.device]
         words += ["--quality", choices.quality, "--structures", ",".join(choices.structures)]
@@ -100,7 +102,9 @@ class Batch:
             case "done":
                 found = event["report"]["volumes_ml"]
                 warnings = len(event["report"]["warnings"])
-                self._tell(case, _("{found} structures, {warnings} warnings").format(found=len(found), warnings=warnings))
+                self._tell(
+                    case, _("{found} structures, {warnings} warnings").format(found=len(found), warnings=warnings)
+                )
             case "skipped":
                 self._tell(case, _("done before"))
             case "failed":

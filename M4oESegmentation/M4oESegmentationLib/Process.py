@@ -77,6 +77,8 @@ class Process:
         """Asks it to end; what it wrote stays whole."""
         with suppress(OSError):
             if sys.platform == "win32":
-                subprocess.run(["taskkill", "/T", "/F", "/PID", str(self._process.pid)], capture_output=True, check=False)
+                subprocess.run(
+                    ["taskkill", "/T", "/F", "/PID", str(self._process.pid)], capture_output=True, check=False
+                )
             else:
                 os.killpg(self._process.pid, signal.SIGTERM)

@@ -12,22 +12,12 @@ import slicer
 import slicer.util
 from slicer.i18n import tr as _
 
-from .Run import REPORT
-
 if TYPE_CHECKING:
     from m4oe.jobs import Report
 
 _BAR_HEIGHT, _TEXT_HEIGHT = 14, 18
 _SHOWN = 0.03  # share of the gate below which an expert is not named
 _COLORS = ((46, 110, 165), (222, 132, 44), (86, 150, 78), (160, 88, 156), (120, 120, 120))
-
-
-def reportOf(segmentationNode: Any) -> Report | None:
-    """The report of the run that made a segmentation; None where it is none of ours."""
-    from m4oe.jobs import Report
-
-    text = segmentationNode.GetAttribute(REPORT) if segmentationNode is not None else None
-    return Report.from_json(text) if text else None
 
 
 def header() -> tuple[str, ...]:
@@ -60,7 +50,7 @@ def fillTable(table: Any, segmentationNode: Any, report: Report) -> None:
         for column, text in enumerate(cells):
             item = qt.QTableWidgetItem(text)
             if 0 < column < 5:
-                item.setTextAlignment(int(qt.Qt.AlignRight) | int(qt.Qt.AlignVCenter))
+                item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
             table.setItem(number, column, item)
         segment = segments.GetSegment(segments.GetSegmentIdBySegmentName(cells[0]))
         if segment is not None:

@@ -1,7 +1,8 @@
-"""One run: a volume node, or each frame of its sequence, goes to the worker; the scene changes only when all is done."""
+"""One run: a volume node, or each frame of its sequence, goes to the worker; at the end the scene gets the result."""
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from m4oe.geometry import Volume
     from m4oe.jobs import Report
 
-REPORT = "M4oE.report"  # attribute of a segmentation node that holds its report, as JSON
+_REPORT = "M4oE.report"  # attribute of a segmentation node with its report: JSON in base64, as MRML ends values at ":"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Run:
         from m4oe.nodes import segmentation_to_node
 
         segmentation_to_node(labels, self._keys, segmentationNode, volumeNode, self.report.model)
-        segmentationNode.SetAttribute(REPORT, self.report.to_json())
+        setReport(segmentationNode, self.report)
 
     def _showUncertainty(self, volumeNode: Any) -> None:
         from dataclasses import replace
@@ -182,6 +183,19 @@ class Run:
         for name in ("IndexName", "IndexUnit", "IndexType"):
             getattr(frames, f"Set{name}")(getattr(self._sequence, f"Get{name}")())
         return frames
+
+
+def setReport(segmentationNode: Any, report: Report) -> None:
+    """Keeps the report with the segmentation, also in saved scenes."""
+    segmentationNode.SetAttribute(_REPORT, base64.b64encode(report.to_json().encode()).decode())
+
+
+def reportOf(segmentationNode: Any) -> Report | None:
+    """The report of the run that made a segmentation; None where it is none of ours."""
+    from m4oe.jobs import Report
+
+    text = segmentationNode.GetAttribute(_REPORT) if segmentationNode is not None else None
+    return Report.from_json(base64.b64decode(text).decode()) if text else None
 
 
 def framesOf(volumeNode: Any) -> Any:

@@ -27,7 +27,7 @@ import vtk  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty scene, settings and model folder of the test's own; it fails if VTK or MRML complained."""
+    """An empty scene, settings and model folder of the test's own; it fails if VTK, MRML or a slot complained."""
     SCENE.Clear(False)
     DIALOGS.__init__()
     qt.QSettings.setDefaultFormat(qt.QSettings.IniFormat)
@@ -36,8 +36,12 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("M4OE_MODELS", str(tmp_path / "models"))
     complaints = vtk.vtkStringOutputWindow()
     vtk.vtkOutputWindow.SetInstance(complaints)
+    faults: list[str] = []
+    show = sys.excepthook
+    monkeypatch.setattr(sys, "excepthook", lambda *error: (faults.append(repr(error[1])), show(*error)))
     yield SCENE
     SCENE.Clear(False)
+    assert faults == []  # raised in a slot or an observer, where nobody else would see them
     assert complaints.GetOutput() == ""
 
 

@@ -125,9 +125,6 @@ class Application(QObject):
     def mrmlScene(self) -> Any:
         return slicer.mrmlScene
 
-    def testingEnabled(self) -> bool:
-        return False
-
     def processEvents(self, *flags: Any) -> None:
         QtWidgets.QApplication.processEvents()
 
@@ -189,6 +186,7 @@ def boot() -> tuple[Any, Any]:
         shown = _Plots(module_logic) if name == "Plots" else module_logic
         setattr(slicer.modules, name.lower(), types.SimpleNamespace(logic=lambda shown=shown: shown, name=name))
     scene.AddObserver(slicer.vtkMRMLScene.NodeAddedEvent, _add_to_hierarchy)
+    scene.AddObserver(slicer.vtkMRMLScene.NodeAboutToBeRemovedEvent, _remove_from_hierarchy)
     slicer.vtkMRMLSliceNode.AddDefaultSliceOrientationPresets(scene, True)
     return scene, logic
 
@@ -200,6 +198,14 @@ def _add_to_hierarchy(scene: Any, event: str, node: Any) -> None:
         tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
         if tree is not None and not tree.GetItemByDataNode(node):
             tree.CreateItem(tree.GetSceneItemID(), node)
+
+
+@vtk.calldata_type(vtk.VTK_OBJECT)
+def _remove_from_hierarchy(scene: Any, event: str, node: Any) -> None:
+    tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
+    item = tree.GetItemByDataNode(node) if tree is not None and isinstance(node, slicer.vtkMRMLDisplayableNode) else 0
+    if item:
+        tree.RemoveItem(item, False, False)
 
 
 def install(logic: Any) -> Dialogs:

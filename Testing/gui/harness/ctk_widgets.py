@@ -25,14 +25,21 @@ class ctkCollapsibleButton(QtWidgets.QAbstractButton):
         self.setCheckable(True)
         self.setChecked(True)
         self.setContentsMargins(6, self._height, 6, 6)
-        self.toggled.connect(self._show)
+        self.toggled.connect(self._toggle)
+
+    def _toggle(self, open_: bool) -> None:
+        self._show(open_)
+        self.contentsCollapsed.emit(not open_)
 
     def _show(self, open_: bool) -> None:
         for child in self.children():
-            if isinstance(child, QtWidgets.QWidget) and not child.property("hiddenByPanel"):
+            if isinstance(child, QtWidgets.QWidget):
                 child.setVisible(open_)
         self.setMaximumHeight(_UNLIMITED if open_ else self._height)
-        self.contentsCollapsed.emit(not open_)
+
+    def showEvent(self, event: Any) -> None:
+        if not self.isChecked():
+            self._show(False)
 
     collapsed = Property(bool, lambda self: not self.isChecked(), lambda self, value: self.setChecked(not value))
 
@@ -121,7 +128,7 @@ class ctkPathLineEdit(QtWidgets.QWidget):
 
     currentPath = Property(str, lambda self: self._box.property("currentText"), setCurrentPath)
 
-    def _value(name: str, kind: Any) -> Any:  # noqa: N805
+    def _value(name: str, kind: Any) -> Any:
         return Property(
             kind, lambda self: self._values[name], lambda self, value: self._values.__setitem__(name, value)
         )

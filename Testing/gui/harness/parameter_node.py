@@ -1,7 +1,7 @@
 """Stand-in for slicer.parameterNodeWrapper: typed attributes over a real parameter node, bound to widgets.
 
-It stores as Slicer does: text under the attribute's name, lists as name.len and name.0, nodes as references. Types: str,
-int, float, bool, pathlib.Path, list[str], enums, MRML nodes.
+It stores as Slicer does: text under the attribute's name, lists as name.len and name.0, nodes as references. Types:
+str, int, float, bool, pathlib.Path, list[str], enums, MRML nodes.
 """
 
 from __future__ import annotations

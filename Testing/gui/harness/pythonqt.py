@@ -1,7 +1,8 @@
 """The module `qt` as PythonQt shows it, made of PySide6, whose classes are changed in place.
 
-In place, so that objects that Qt itself makes (children of a .ui file, layouts) behave alike: a Qt property is an attribute
-of Python, `connect("clicked(bool)", f)` takes a signature, lists come as tuples, and nothing that PythonQt refuses passes.
+In place, so that objects that Qt itself makes (children of a .ui file, layouts) behave alike: a Qt property is an
+attribute of Python, `connect("clicked(bool)", f)` takes a signature, lists come as tuples, and nothing that PythonQt
+refuses passes.
 """
 
 from __future__ import annotations
@@ -213,6 +214,8 @@ def _setattr(self: Any, name: str, value: Any) -> None:
     owner = next((base for base in cls.__mro__ if name in vars(base)), None)
     if owner is not None and isinstance(vars(owner)[name], property):
         vars(owner)[name].fset(self, value)
+    elif isinstance(value, QtCore.SignalInstance):  # Shiboken keeps a signal when it is first asked for
+        vars(self)[name] = value
     elif owner is not None and owner.__module__.startswith("PySide6"):
         raise AttributeError(f"{name} of {cls.__name__} cannot be replaced")
     elif self.metaObject().indexOfProperty(name) >= 0:

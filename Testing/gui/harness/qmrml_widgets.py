@@ -157,7 +157,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
         self.nodeAddedByUser.emit(node)
         return node
 
-    def _value(name: str, kind: Any) -> Any:  # noqa: N805
+    def _value(name: str, kind: Any) -> Any:
         def write(self: Any, value: Any) -> None:
             self._values[name] = list(value) if kind == "QStringList" else value
             self._refresh()
