@@ -25,7 +25,7 @@ def save_model(path: Path | str, network: MoESwinUNet, spec: ModelSpec, dtype: t
     """
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in network.state_dict().items()}
     text = spec.to_json()
-    metadata = {METADATA_KEY: text, HASH_KEY: _digest(text, tensors)}
+    metadata = {METADATA_KEY: text, HASH_KEY: digest(text, tensors)}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -43,7 +43,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[Mo
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged and cannot be used ({error}); get the file again") from error
-    if metadata.get(HASH_KEY) != _digest(metadata[METADATA_KEY], tensors):
+    if metadata.get(HASH_KEY) != digest(metadata[METADATA_KEY], tensors):
         raise ValueError(f"{path} is damaged: it does not match its checksum; get the file again")
     with torch.device("meta"):
         network = MoESwinUNet(spec.network, len(spec.structures) + 1)
@@ -59,9 +59,10 @@ def _check_fit(path: Path | str, expected: dict[str, Tensor], found: dict[str, T
             raise ValueError(f"{path} does not fit its own description: {key} should be {shapes[0]}, is {shapes[1]}")
 
 
-def _digest(spec: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(spec.encode())
+def digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """A hash of a text and of tensors on the CPU."""
+    found = hashlib.sha256(text.encode())
     for key in sorted(tensors):
-        digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
-        digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
+        found.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -167,6 +167,17 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
         run(tmp_path, replace(CONFIG, seed=1))
 
 
+def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, data=replace(some_data(), spec=replace(SPEC, training={"date": "2026-01-01"})))
+    assert [event["event"] for event in run(tmp_path)] == ["resumed"]  # on another day
+    swapped = replace(SPEC, structures=("spleen", "liver"))
+    for other in (replace(some_data(), spec=swapped), replace(some_data(), cases=some_data().cases[:3])):
+        with pytest.raises(ValueError, match="a run on other data; choose another folder or give it the same data"):
+            run(tmp_path, data=other)
+    with pytest.raises(ValueError, match="on other data"):
+        run(tmp_path, start=MoESwinUNet(replace(NETWORK, experts=1, top_k=0), 3))
+
+
 def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"1234567890")

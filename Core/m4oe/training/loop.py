@@ -1,7 +1,8 @@
 """The training loop: stage by stage, with checkpoints from which a run that was stopped goes on to the last bit.
 
-A run's folder holds config.json, events.jsonl (one JSON object per line), checkpoint.safetensors, best.safetensors
-(the model that scored best in its stage, where there is validation) and at the end model.safetensors.
+A run's folder holds config.json, data.sha256 (a hash of what it learns from), events.jsonl (one JSON object per line),
+checkpoint.safetensors, best.safetensors (the model that scored best in its stage, where there is validation) and at the
+end model.safetensors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..evaluation import dice_scores
+from ..files import atomic_write
 from ..network.unet import MoESwinUNet, upcycle
-from ..package import save_model
+from ..package import digest, save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
 from ..spec import ModelSpec
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
@@ -114,11 +116,12 @@ def train(
         The model file.
 
     Raises:
-        ValueError: `folder` holds a run of another configuration, or the data do not fit the configuration.
+        ValueError: `folder` holds a run of another configuration or on other data, or the data do not fit the
+            configuration.
         RuntimeError: The loss is not finite, or the memory does not hold a single image.
         OSError: A file cannot be written; the last checkpoint is as it was.
     """
-    with _events(config, folder, on_event, ranks) as emit:
+    with _events(config, data, folder, on_event, ranks, start) as emit:
         run = _opened(config, data, folder, emit, ranks, find_device(device), start)
         model = folder / "model.safetensors"
         finished = run.progress.stage == len(config.stages) and model.exists()
@@ -132,17 +135,19 @@ def train(
 
 @contextmanager
 def _events(
-    config: TrainConfig, folder: Path, on_event: Callable[[Event], None], ranks: Ranks
+    config: TrainConfig,
+    data: TrainingData,
+    folder: Path,
+    on_event: Callable[[Event], None],
+    ranks: Ranks,
+    start: MoESwinUNet | None,
 ) -> Iterator[Callable[[Event], None]]:
     """Yields what tells of an event; the first process alone does."""
     if ranks.rank > 0:
         yield lambda event: None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = folder / "config.json"
-    if saved.exists() and saved.read_text(encoding="utf-8") != config.to_json():
-        raise ValueError(f"{folder} holds a run of another configuration; choose another folder or repeat its options")
-    saved.write_text(config.to_json(), encoding="utf-8")
+    _keep(folder / "config.json", config.to_json(), "of another configuration", "repeat its options")
+    _keep(folder / "data.sha256", _fingerprint(data, start), "on other data", "give it the same data and start again")
     with (folder / "events.jsonl").open("a", buffering=1, encoding="utf-8") as log:
 
         def emit(event: Event) -> None:
@@ -150,6 +155,23 @@ def _events(
             on_event(event)
 
         yield emit
+
+
+def _keep(path: Path, text: str, other: str, cure: str) -> None:
+    """Writes what a run is, or refuses to go on with another one."""
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path.parent} holds a run {other}; choose another folder or {cure}")
+
+
+def _fingerprint(data: TrainingData, start: MoESwinUNet | None) -> str:
+    """A hash of the spec, of which case teaches what, and of the weights to start from; the day makes no difference."""
+    spec = replace(data.spec, training={}, scores={})
+    cases = [[case.name, case.expert, case.annotated_K.tolist()] for case in data.cases]
+    weights = {key: value.cpu() for key, value in start.state_dict().items()} if start else {}
+    return digest(spec.to_json() + json.dumps(cases), weights)
 
 
 def _opened(
