@@ -25,7 +25,7 @@ from m4oe.training import loop as module
 from m4oe.training import stages
 from m4oe.training.augment import Augmenter
 from m4oe.training.cache import CaseSource
-from m4oe.training.checkpoint import load_checkpoint
+from m4oe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from m4oe.training.config import Stage, TrainConfig
 from m4oe.training.data import Sampler, make_case
 from m4oe.training.loop import TrainingData, train
@@ -183,6 +183,14 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.safetensors").write_bytes(b"1234567890")
     with pytest.raises(ValueError, match="is damaged"):
         run(tmp_path)
+
+
+def test_a_checkpoint_reaches_the_disk_on_windows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There only a file that is open for writing can be flushed; writing nothing asks for the same."""
+    flushed: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda number: flushed.append(os.write(number, b"")))
+    save_checkpoint(tmp_path / "checkpoint.safetensors", Progress(), {"a": torch.ones(2)})
+    assert flushed == [0]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def save_checkpoint(path: Path, progress: Progress, tensors: dict[str, Tensor]) 
             save_file(whole, temporary, {_KEY: json.dumps(asdict(progress))})
         except SafetensorError as error:
             raise OSError(f"cannot write the checkpoint {path} ({error}); make room and start again") from error
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
 
 
