@@ -148,6 +148,7 @@ class Predictor:
                 canonical = self._canonical(volume, evidence, forced, QUALITIES[quality])
             with phases("route"):
                 route = self._route(canonical, evidence, forced)
+                canonical = self._canonical_of_chosen(canonical, volume, evidence, route, QUALITIES[quality])
                 network, classes = self._select(route.weights, forced)
                 stack.enter_context(_stoppable(network, cancelled))
             found = np.zeros(volume.array.shape, np.uint8)
@@ -194,6 +195,15 @@ class Predictor:
         rule = self.spec.intensity.get(modality) or next(iter(self.spec.intensity.values()))
         slice_mm = self.spec.slice_mm * coarser
         return CanonicalVolume(volume, self.spec.pixel_mm, slice_mm, rule, evidence.offset, self.device)
+
+    def _canonical_of_chosen(
+        self, canonical: CanonicalVolume, volume: Volume, evidence: Evidence, route: _Route, coarser: float
+    ) -> CanonicalVolume:
+        """The volume as the expert learned it, where the gate chose one of another modality than it was asked with."""
+        chosen = int(np.argmax(route.weights))
+        if not route.gate or self.spec.experts[chosen].modality == evidence.modality:
+            return canonical
+        return self._canonical(volume, evidence, chosen, coarser)
 
     def _route(self, canonical: CanonicalVolume, evidence: Evidence, forced: int | None) -> _Route:
         """Expert weights for the whole volume, and what the user should know about the choice.

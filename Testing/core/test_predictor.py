@@ -293,6 +293,13 @@ def test_a_gate_that_is_sure_raises_no_doubt(with_gate: Callable[..., Predictor]
     assert not [text for text in report.warnings if "doubt" in text]
 
 
+def test_an_expert_of_another_modality_sees_its_own_intensities(with_gate: Callable[..., Predictor]) -> None:
+    predictor, volume = with_gate(9, 0, 0), a_volume(np.abs(smooth(10, 22, 26)))  # no header; it looks like MR
+    labels, report = predictor(volume)
+    assert report.expert_weights["ct"] == 1 and report.chosen_by == "gate"
+    assert np.array_equal(labels.array, segmented(predictor, volume, expert="ct"))
+
+
 def test_a_soft_gate_mixes_the_experts_it_weighs(tmp_path: Path) -> None:
     spec = replace(SPEC, network=replace(NETWORK, top_k=0))
     _, report = a_predictor(tmp_path, spec, gate=(5.0, 1.0, 2.0))(an_mr())
