@@ -52,7 +52,7 @@ class Report:
         peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
         volumes_ml: Volume of each structure that was found.
         warnings: Sentences for the user.
-        confidence: Mean probability, in [0, 1], that the network gave each structure where it found it.
+        confidence: Mean probability, in [0, 1], that the network gave each structure where its own grid shows it.
         intensities: Mean and standard deviation of the volume's values in each structure.
         flags: What to check, by structure: "implausible" volume, "cut" by the field of view, "low confidence".
     """

@@ -162,8 +162,8 @@ class Predictor:
                 intensities = label_intensities(found, volume.array)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
-        sure = probabilities.by_class()
-        confidence = {key: sure[classes.index(label)] for label, key in self.spec.label_keys.items() if key in volumes}
+        sure = {self.spec.label_keys.get(classes[number]): value for number, value in probabilities.by_class().items()}
+        confidence = {key: sure[key] for key in volumes if key in sure}
         warnings = (
             *volume.warnings,
             *route.doubts,
@@ -293,7 +293,8 @@ class _Probabilities:
     """What the network thinks of its own result: a mean probability per class, and a map where it is wanted."""
 
     def __init__(self, canonical: CanonicalVolume, grid: Grid, classes: int, uncertainty: np.ndarray | None) -> None:
-        self._sums_2K = torch.zeros(2, classes, device=canonical.device)  # voxels, and their probabilities
+        exact = torch.float32 if canonical.device.type == "mps" else torch.float64  # MPS has no other
+        self._sums_2K = torch.zeros(2, classes, dtype=exact, device=canonical.device)  # voxels, their probabilities
         self._painter = None
         if uncertainty is not None:
             array = Volume(uncertainty, grid).to_axes(CANONICAL_AXES).array
@@ -304,15 +305,14 @@ class _Probabilities:
         p_ZHWK = scores_ZHWK.softmax(-1)
         best = p_ZHWK.max(-1)
         for row, values in zip(self._sums_2K, (torch.ones_like(best.values), best.values), strict=True):
-            row.index_add_(0, best.indices.flatten(), values.flatten())
+            row.index_add_(0, best.indices.flatten(), values.flatten().to(row.dtype))
         if self._painter is not None:
             entropy_ZHW = torch.special.entr(p_ZHWK).sum(-1) / math.log(p_ZHWK.shape[-1])
             self._painter.add(entropy_ZHW[..., None].clamp(0, 1) * 100)
 
-    def by_class(self) -> list[float]:
-        """Mean probability of each class where it was the best."""
-        voxels_K, sums_K = self._sums_2K
-        return (sums_K / voxels_K.clamp(min=1)).tolist()
+    def by_class(self) -> dict[int, float]:
+        """Mean probability of each class where it was the best; of none that was so nowhere on the canonical grid."""
+        return {number: total / count for number, (count, total) in enumerate(self._sums_2K.T.tolist()) if count}
 
 
 @contextmanager

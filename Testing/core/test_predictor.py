@@ -503,6 +503,29 @@ def test_asking_for_uncertainty_changes_no_label(predictor: Predictor) -> None:
     np.testing.assert_array_equal(labels.array, plain.array)
 
 
+def test_a_structure_between_the_slices_that_the_network_saw_has_no_confidence(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(network: object, stacks: torch.Tensor) -> torch.Tensor:
+        """Liver and background by turns; the spleen is second everywhere, so it is the best half way."""
+        out = torch.zeros(len(stacks), *stacks.shape[-2:], 5)
+        out[0::2, ..., 1], out[1::2, ..., 0], out[..., 2] = 10, 10, 8
+        return out
+
+    monkeypatch.setattr(module, "_scores", scores)
+    _, report = predictor(a_volume(smooth(16, 20, 20), spacing=(2.0, 2.0, 1.5), modality="CT"))
+    assert set(report.volumes_ml) == {"liver", "spleen"} and set(report.confidence) == {"liver"}
+
+
+def test_the_mean_probability_of_a_large_structure_is_exact() -> None:
+    volume = a_volume(smooth(1, 1, 1))
+    canonical = CanonicalVolume(volume, 2.0, 3.0, SPEC.intensity["CT"])
+    probabilities = module._Probabilities(canonical, volume.grid, 2, None)
+    probabilities._sums_2K[:, 1] = 2**24  # voxels; in float32 another one changes nothing
+    probabilities.add(torch.zeros(1, 1, 1, 2) + torch.tensor([0.0, 1.0]))
+    assert probabilities.by_class() == {1: pytest.approx((2**24 + 1 / (1 + np.exp(-1))) / (2**24 + 1), abs=1e-12)}
+
+
 def test_a_structure_to_check_is_flagged() -> None:
     flags = module._flags({"liver": 9000.0, "spleen": 200.0, "aorta": 90.0}, ["spleen"], {"liver": 0.9, "spleen": 0.3})
     assert flags == {"liver": ("implausible",), "spleen": ("cut", "low confidence")}
