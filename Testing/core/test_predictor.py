@@ -466,13 +466,19 @@ def test_the_report_says_what_was_done(predictor: Predictor) -> None:
 # ---- quality, probabilities
 
 
-def test_fast_looks_at_half_of_the_slices(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slice_mm", [3.0, 5.0, 7.5])
+def test_fast_looks_at_half_of_the_slices_and_fills_all(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, slice_mm: float
+) -> None:
     seen: list[int] = []
     count = module._scores
     monkeypatch.setattr(module, "_scores", lambda network, stacks: seen.append(len(stacks)) or count(network, stacks))
     for quality in ("standard", "fast"):
-        predictor(a_volume(smooth(24, 12, 12), spacing=(1.5, 1.5, 3.0)), quality=quality)
+        predictor(a_volume(smooth(24, 12, 12), spacing=(1.5, 1.5, slice_mm)), quality=quality)
     assert sum(seen) == 24 + 12  # slices
+    constant(predictor, 2, monkeypatch)
+    labels = segmented(predictor, a_volume(smooth(23, 24, 24), spacing=(1.5, 1.5, slice_mm)), quality="fast")
+    assert (labels == 2).any(axis=(1, 2)).all()
 
 
 def test_an_unknown_quality_is_refused_with_the_choices(predictor: Predictor) -> None:
