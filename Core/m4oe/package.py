@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -21,13 +22,36 @@ def save_model(path: Path | str, network: MoESwinUNet, spec: ModelSpec, dtype: t
     """Writes the network's tensors as `dtype` and its spec; nothing is left half-written.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written, or there is no room.
     """
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in network.state_dict().items()}
     text = spec.to_json()
     metadata = {METADATA_KEY: text, HASH_KEY: digest(text, tensors)}
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(
+    path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str], flushed: bool = False
+) -> None:
+    """Writes a safetensors file of tensors on the CPU, whole or not at all.
+
+    Args:
+        path: Of the file.
+        tensors: By name, contiguous.
+        metadata: For its header.
+        flushed: Whether to wait until the disk itself has it, so that not even a power cut leaves half of one.
+
+    Raises:
+        OSError: The folder cannot be written, or there is no room; the old file is as it was.
+    """
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path} ({error}); make room and start again") from error
+        if flushed:
+            with temporary.open("rb+") as file:  # Windows flushes only what may be written
+                os.fsync(file.fileno())
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MoESwinUNet, ModelSpec]:

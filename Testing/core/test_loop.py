@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from m4oe import package
 from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import load_model
@@ -194,18 +195,16 @@ def test_a_checkpoint_reaches_the_disk_on_windows_too(tmp_path: Path, monkeypatc
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from m4oe.training import checkpoint
-
-    saved = checkpoint.save_file
+    saved = package.save_file
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
-        if '"stage": 1' in metadata["progress"]:
+        if '"stage": 1' in metadata.get("progress", ""):
             Path(path).write_bytes(b"half")
             raise OSError("No space left on device")
         saved(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(package, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             run(tmp_path / "full")
     assert load_checkpoint(tmp_path / "full" / "checkpoint.safetensors")[0].step == 4
