@@ -175,6 +175,15 @@ def test_uncertainty_comes_with_the_labels(stand_in: Client) -> None:
     assert (uncertainty == 7).all()
 
 
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((4, 3, 2), np.uint8), np.zeros((2, 3, 4)), np.broadcast_to(np.uint8(0), (2, 3, 4))]
+)
+def test_uncertainty_that_cannot_be_filled_is_refused_at_once(stand_in: Client, wrong: Any) -> None:
+    volume = Volume(np.zeros((2, 3, 4), np.int16), Grid((2, 3, 4), np.eye(4)))
+    with pytest.raises(ValueError, match=r"expected one of uint8 and the volume's \(2, 3, 4\), to be filled"):
+        stand_in.begin_segment(volume, device="echo", uncertainty=wrong)
+
+
 def wait_until_gone(*processes: int) -> None:
     """Waits for the end of processes, though nobody may take notice of it."""
     wait_for(lambda: not any(is_alive(pid) for pid in processes), f"{processes} live on")
