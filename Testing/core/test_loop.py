@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,8 +29,9 @@ from m4oe.training.augment import Augmenter
 from m4oe.training.cache import CaseSource
 from m4oe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from m4oe.training.config import Stage, TrainConfig
-from m4oe.training.data import Sampler, make_case
+from m4oe.training.data import Batch, Sampler, make_case
 from m4oe.training.loop import TrainingData, train
+from m4oe.training.ranks import Ranks
 from m4oe.training.stages import learning_rate, trained_groups
 from safetensors.torch import load_file
 from torch import Tensor
@@ -446,6 +448,47 @@ def test_short_memory_cuts_the_batch_and_goes_on(tmp_path: Path, monkeypatch: py
     events = run(tmp_path)
     assert [event for event in events if event["event"] == "memory"] == [{"event": "memory", "parts": 2}]
     assert (tmp_path / "model.safetensors").exists()
+
+
+class Short(torch.autograd.Function):
+    """Has no memory for the first backward pass, and keeps something large for each."""
+
+    kept: ClassVar[list[weakref.ref[Tensor]]] = []
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.large = torch.zeros(9)
+        Short.kept.append(weakref.ref(context.large))
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        if len(Short.kept) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradient
+
+
+def gradients_of(loss_of: Callable[[Batch], Tensor], weight: Tensor, images_B: Tensor, parts: int) -> list[Any]:
+    """Has the gradient of a batch computed, and gives the events."""
+    count, events = len(images_B), []
+    batch = Batch(images_B, *[torch.zeros(count)] * 4, tuple(map(str, range(count))))
+    a_run = module._Run(
+        CONFIG, some_data(), Path(), events.append, Ranks(), torch.device("cpu"), MoESwinUNet(NETWORK, 3)
+    )
+    a_run.progress.parts = parts
+    module._gradients(a_run, lambda part: {"a": loss_of(part)}, batch, torch.optim.SGD([weight], 1.0))
+    return events
+
+
+def test_a_second_attempt_has_the_memory_of_the_first() -> None:
+    weight, alive = torch.ones(1, requires_grad=True), []
+
+    def loss_of(part: Batch) -> Tensor:
+        alive.append(sum(large() is not None for large in Short.kept))
+        return Short.apply(weight).sum()
+
+    assert gradients_of(loss_of, weight, torch.zeros(4), 1) == [{"event": "memory", "parts": 2}]
+    assert alive[:2] == [0, 0]
 
 
 def test_memory_for_no_image_at_all_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

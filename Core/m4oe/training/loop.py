@@ -280,6 +280,7 @@ def _gradients(
         optimiser.zero_grad(set_to_none=True)
         parts = run.progress.parts
         sums: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}  # and no longer those of an attempt that failed, which hold its memory
         try:
             for first in range(parts):
                 losses = loss_of(batch.every(first, parts))
