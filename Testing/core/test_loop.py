@@ -491,6 +491,14 @@ def test_a_second_attempt_has_the_memory_of_the_first() -> None:
     assert alive[:2] == [0, 0]
 
 
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_every_image_weighs_as_much_in_however_many_parts(parts: int) -> None:
+    images_B = torch.randn(12)
+    weight = torch.zeros((), requires_grad=True)
+    gradients_of(lambda part: (weight * part.images_BSHW).mean(), weight, images_B, parts)
+    torch.testing.assert_close(weight.grad, images_B.mean())
+
+
 def test_memory_for_no_image_at_all_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy(*given: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -283,10 +283,12 @@ def _gradients(
         losses: dict[str, Tensor] = {}  # and no longer those of an attempt that failed, which hold its memory
         try:
             for first in range(parts):
-                losses = loss_of(batch.every(first, parts))
-                (torch.stack(list(losses.values())).sum() / parts).backward()
+                part = batch.every(first, parts)
+                share = len(part.images_BSHW) / len(batch.images_BSHW)
+                losses = loss_of(part)
+                (share * torch.stack(list(losses.values())).sum()).backward()
                 sums = {
-                    key: sums.get(key, torch.zeros_like(loss)) + loss.detach() / parts for key, loss in losses.items()
+                    key: sums.get(key, torch.zeros_like(loss)) + share * loss.detach() for key, loss in losses.items()
                 }
             return sums
         except RuntimeError as error:
