@@ -23,6 +23,7 @@ from m4oe.network.unet import MoESwinUNet
 from m4oe.package import load_model
 from m4oe.predictor import Predictor
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.train_report import read_events
 from m4oe.training import loop as module
 from m4oe.training import stages
 from m4oe.training.augment import Augmenter
@@ -155,6 +156,28 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert events[0] == {"event": "resumed", "stage": 1, "step": 2}
     run(tmp_path / "whole")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_run_whose_last_event_was_cut_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    run(tmp_path)
+    whole = read_events(log)
+    log.write_bytes(log.read_bytes()[:-40])
+    run(tmp_path)
+    assert read_events(log) == [{"event": "resumed", "stage": 4, "step": 0}, *whole[:-1]]
+
+
+def test_a_start_that_was_stopped_leaves_no_half_of_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[:9].encode(encoding))
+        raise Stopped
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(Stopped):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

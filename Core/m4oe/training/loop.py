@@ -148,7 +148,10 @@ def _events(
         return
     _keep(folder / "config.json", config.to_json(), "of another configuration", "repeat its options")
     _keep(folder / "data.sha256", _fingerprint(data, start), "on other data", "give it the same data and start again")
-    with (folder / "events.jsonl").open("a", buffering=1, encoding="utf-8") as log:
+    path = folder / "events.jsonl"
+    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a", buffering=1, encoding="utf-8") as log:
+        log.write("\n" if cut else "")
 
         def emit(event: Event) -> None:
             log.write(json.dumps(event) + "\n")
