@@ -33,6 +33,7 @@ from m4oe.training.config import Stage, TrainConfig
 from m4oe.training.data import Batch, Sampler, make_case
 from m4oe.training.loop import TrainingData, train
 from m4oe.training.ranks import Ranks
+from m4oe.training.score import score_model
 from m4oe.training.stages import learning_rate, trained_groups
 from safetensors.torch import load_file
 from torch import Tensor
@@ -406,6 +407,22 @@ def test_validation_segments_whole_volumes_on_their_own_grid(tmp_path: Path) -> 
     validated = next(event for event in events if event["event"] == "validated")
     assert set(validated["cases"]) == {"unseen0", "unseen1"} and set(validated["dice"]) == {"liver", "spleen"}
     assert validated["score"] == pytest.approx(np.mean(list(validated["dice"].values())), abs=1e-3)
+
+
+def unreadable() -> Any:
+    raise ValueError("Cannot read it")
+
+
+def test_a_case_that_cannot_be_read_is_told_and_stops_neither_training_nor_scoring(tmp_path: Path) -> None:
+    config, data = replace(CONFIG, stages=(Stage("dense", 2, 1e-2),), validate_every=2), some_data(validation=True)
+    sources = [CaseSource("bad", 0, SPEC.structures, (), unreadable), *data.validation]
+    left_out = {"event": "left out", "case": "bad", "reason": "Cannot read it"}
+    events = run(tmp_path, config, replace(data, validation=sources))
+    assert left_out in events
+    assert set(next(event for event in events if event["event"] == "validated")["cases"]) == {"unseen0", "unseen1"}
+    scored: list[Any] = []
+    results = score_model(tmp_path / "model.safetensors", sources, scored.append, "cpu")
+    assert scored[0] == left_out and [result.case for result in results] == ["unseen0", "unseen1"]
 
 
 def test_a_run_with_validation_resumes_to_the_same_end(tmp_path: Path) -> None:

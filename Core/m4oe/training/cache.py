@@ -108,6 +108,14 @@ def build_cache(
     return cases, failures
 
 
+def load_or_fail(source: CaseSource) -> tuple[Volume, Volume | None] | Failure:
+    """The image and labels of a case, or why they cannot be had: one bad file is no reason to stop a training."""
+    try:
+        return source.load()
+    except _BAD_CASE as error:
+        return Failure(source.name, str(error) or type(error).__name__)
+
+
 def start_worker() -> None:
     """What a process of a pool does first."""
     ignore_interrupts()

@@ -29,7 +29,7 @@ from ..package import digest, save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
 from ..spec import ModelSpec
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
-from .cache import CaseSource
+from .cache import CaseSource, Failure, load_or_fail
 from .checkpoint import (
     Progress,
     load_checkpoint,
@@ -388,7 +388,10 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
     run.ranks.wait()
     gated = any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
     mine = run.data.validation[run.ranks.rank :: run.ranks.world]
-    scores = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
+    found = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
+    for failure in (item for item in found if isinstance(item, Failure)):
+        run.emit({"event": "left out", "case": failure.name, "reason": failure.reason})
+    scores = [item for item in found if not isinstance(item, Failure)]
     means = {
         key: float(np.mean([dice[key] for _, dice in scores if key in dice])) for _, dice in scores for key in dice
     }
@@ -418,11 +421,15 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
 
 def _validation_scores(
     predictor: Predictor, sources: Sequence[CaseSource], gated: bool
-) -> Iterator[tuple[str, dict[str, float]]]:
+) -> Iterator[tuple[str, dict[str, float]] | Failure]:
     """Name and Dice by structure of each case; until there is a gate, the right expert is named."""
     keys = predictor.spec.label_keys
     for source in sources:
-        image, truth = source.load()
+        loaded = load_or_fail(source)
+        if isinstance(loaded, Failure):
+            yield loaded
+            continue
+        image, truth = loaded
         if truth is None:
             continue
         labels, _ = predictor(image, "auto" if gated else predictor.spec.expert_names[source.expert])
