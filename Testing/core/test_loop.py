@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from m4oe.predictor import Predictor
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.train_report import read_events
 from m4oe.training import loop as module
-from m4oe.training import stages
+from m4oe.training import score, stages
 from m4oe.training.augment import Augmenter
 from m4oe.training.cache import CaseSource
 from m4oe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -33,7 +34,6 @@ from m4oe.training.config import Stage, TrainConfig
 from m4oe.training.data import Batch, Sampler, make_case
 from m4oe.training.loop import TrainingData, train
 from m4oe.training.ranks import Ranks
-from m4oe.training.score import score_model
 from m4oe.training.stages import learning_rate, trained_groups
 from safetensors.torch import load_file
 from torch import Tensor
@@ -409,6 +409,30 @@ def test_validation_segments_whole_volumes_on_their_own_grid(tmp_path: Path) -> 
     assert validated["score"] == pytest.approx(np.mean(list(validated["dice"].values())), abs=1e-3)
 
 
+class Tumours:
+    """In the place of a predictor: finds all of the liver, and in it a tumour that the truth calls liver."""
+
+    def __init__(self, *given: Any) -> None:
+        self.spec = replace(SPEC, structures=("liver", "liver_tumor"))
+
+    def __call__(self, image: Volume, expert: str = "auto") -> tuple[Volume, Any]:
+        labels = a_pair(0, 9)[1].array
+        labels[labels == 2], labels[1:3, 6:8, 6:8] = 0, 2
+        return Volume(labels, image.grid), SimpleNamespace(gate={})
+
+
+def the_whole_liver() -> tuple[Volume, Volume]:
+    image, labels = a_pair(0, 9)
+    return image, Volume(labels.array * (labels.array == 1), labels.grid)
+
+
+def test_a_tumour_is_liver_where_the_case_annotates_no_tumours() -> None:
+    source = CaseSource("a", 0, ("liver",), (), the_whole_liver)
+    assert list(module._validation_scores(Tumours(), [source], True)) == [("a", {"liver": 1})]
+    (result,) = score._results(Tumours(), [source], print)
+    assert result.dice == {"liver": 1}
+
+
 def unreadable() -> Any:
     raise ValueError("Cannot read it")
 
@@ -421,7 +445,7 @@ def test_a_case_that_cannot_be_read_is_told_and_stops_neither_training_nor_scori
     assert left_out in events
     assert set(next(event for event in events if event["event"] == "validated")["cases"]) == {"unseen0", "unseen1"}
     scored: list[Any] = []
-    results = score_model(tmp_path / "model.safetensors", sources, scored.append, "cpu")
+    results = score.score_model(tmp_path / "model.safetensors", sources, scored.append, "cpu")
     assert scored[0] == left_out and [result.case for result in results] == ["unseen0", "unseen1"]
 
 

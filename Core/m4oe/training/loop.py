@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..evaluation import dice_scores
+from ..evaluation import as_annotated, dice_scores
 from ..files import atomic_write
 from ..network.unet import MoESwinUNet, upcycle
 from ..package import digest, save_model
@@ -433,7 +433,9 @@ def _validation_scores(
         if truth is None:
             continue
         labels, _ = predictor(image, "auto" if gated else predictor.spec.expert_names[source.expert])
-        dice = dice_scores(labels.array, truth.array, len(keys))
+        counted = as_annotated(keys, source.annotated)
+        values = np.array([0, *predictor.spec.labels_of(list(counted.values()))], np.uint8)
+        dice = dice_scores(values[labels.array], truth.array, len(keys))
         yield source.name, {keys[label]: value for label, value in dice.items() if keys[label] in source.annotated}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..evaluation import Score, evaluate_case
+from ..evaluation import Score, as_annotated, evaluate_case
 from ..package import load_model, save_model
 from ..predictor import Predictor
 from .cache import CaseSource, Failure, load_or_fail
@@ -77,5 +77,6 @@ def _results(
         image, truth = loaded
         assert truth is not None  # cases are held back with their labels
         labels, report = predictor(image)
-        scores = evaluate_case(labels, truth, keys, annotated=source.annotated, case=source.name)
+        counted = as_annotated(keys, source.annotated)
+        scores = evaluate_case(labels, truth, keys, counted, source.annotated, case=source.name)
         yield CaseResult(source.name, experts[source.expert], report.gate, tuple(scores))
