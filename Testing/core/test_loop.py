@@ -433,6 +433,19 @@ def test_a_tumour_is_liver_where_the_case_annotates_no_tumours() -> None:
     assert result.dice == {"liver": 1}
 
 
+@pytest.mark.parametrize(("gate", "asked"), [("image", [False, True]), ("token", [True] * 2), ("channel", [True] * 2)])
+def test_validation_lets_gates_inside_the_network_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: str, asked: list[bool]
+) -> None:
+    found: list[bool] = []
+    whole = module._validation_scores
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: found.append(given[-1]) or whole(*given))
+    network, stages = replace(NETWORK, gate=gate), (Stage("experts", 2, 1e-3), Stage("joint", 2, 1e-3))
+    config = replace(CONFIG, network=network, stages=stages, validate_every=2)
+    run(tmp_path, config, replace(some_data(validation=True), spec=of(network)))
+    assert found == asked
+
+
 def unreadable() -> Any:
     raise ValueError("Cannot read it")
 

@@ -386,7 +386,8 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         copy.load_state_dict(network.state_dict())
         save_model(candidate, _as_mixture(copy, run.config), run.data.spec, torch.float32)
     run.ranks.wait()
-    gated = any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
+    inside = run.network.spec.experts > 1 and run.network.router is None  # its blocks choose by themselves
+    gated = inside or any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
     mine = run.data.validation[run.ranks.rank :: run.ranks.world]
     found = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
     for failure in (item for item in found if isinstance(item, Failure)):
