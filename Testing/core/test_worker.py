@@ -300,6 +300,16 @@ def test_a_result_is_held_by_its_owner_alone(stand_in: Client) -> None:
     wait_for(lambda: voxels() is None and result() is None, "the client holds on to them")
 
 
+def test_a_volume_that_was_never_sent_is_let_go() -> None:
+    client, volume = Client([sys.executable, "-c", "import sys; sys.exit(3)"]), a_volume(np.zeros((3, 4, 5), np.int16))
+    voxels, job = weakref.ref(volume.array), client.begin_segment(volume)
+    with pytest.raises(RuntimeError, match="ended with exit code 3 before it started"):
+        job.result()
+    del volume, job
+    gc.collect()
+    wait_for(lambda: voxels() is None, "the client holds on to it")
+
+
 # ---- the predictor in another Python
 
 
