@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from m4oe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from m4oe.training.config import Stage, TrainConfig
 from m4oe.training.data import Batch, Sampler, make_case
 from m4oe.training.loop import TrainingData, train
-from m4oe.training.ranks import Ranks
+from m4oe.training.ranks import Ranks, joined_ranks, local_device
 from m4oe.training.stages import learning_rate, trained_groups
 from safetensors.torch import load_file
 from torch import Tensor
@@ -586,6 +587,21 @@ def test_memory_for_no_image_at_all_is_told(tmp_path: Path, monkeypatch: pytest.
 
 
 # ---- several processes
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = MagicMock()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", calls.set_device)
+    for name in ("init_process_group", "get_rank", "destroy_process_group"):
+        monkeypatch.setattr(f"torch.distributed.{name}", getattr(calls, name))
+    with joined_ranks():
+        assert local_device() == "cuda:1"
+    assert [call[0] for call in calls.mock_calls[:2]] == ["set_device", "init_process_group"]
+    calls.set_device.assert_called_once_with(1)
+
 
 SHARED = """
 import sys, pathlib
