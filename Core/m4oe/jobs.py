@@ -182,8 +182,9 @@ class Job(Generic[T]):
         self._events.put(Event(phase, fraction))
 
     def finish(self, message: dict[str, Any], data: bytearray) -> None:
-        """For the connection: the answer."""
-        self._future.set_result(self._read(message, data))
+        """For the connection: the answer, of no account where the job is done."""
+        with suppress(InvalidStateError):
+            self._future.set_result(self._read(message, data))
         self._events.put(None)
 
     def fail(self, error: Exception) -> None:

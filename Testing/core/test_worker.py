@@ -300,6 +300,14 @@ def test_a_result_is_held_by_its_owner_alone(stand_in: Client) -> None:
     wait_for(lambda: voxels() is None and result() is None, "the client holds on to them")
 
 
+def test_an_answer_to_a_job_that_has_failed_is_of_no_account() -> None:
+    job = jobs.Job(lambda message, data: 1)
+    job.fail(Cancelled("too late"))
+    job.finish({}, bytearray())
+    with pytest.raises(Cancelled, match="too late"):
+        job.result()
+
+
 def test_a_volume_that_was_never_sent_is_let_go() -> None:
     client, volume = Client([sys.executable, "-c", "import sys; sys.exit(3)"]), a_volume(np.zeros((3, 4, 5), np.int16))
     voxels, job = weakref.ref(volume.array), client.begin_segment(volume)
