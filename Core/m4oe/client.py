@@ -88,9 +88,12 @@ class Client:
         `uncertainty` is filled when the job is done.
 
         Raises:
-            ValueError: The voxels are no numbers, or the worker's command does not exist.
+            ValueError: The voxels are no numbers, `uncertainty` cannot be filled, or the worker's command does not
+                exist.
             RuntimeError: The worker is busy.
         """
+        if uncertainty is not None:
+            _check_uncertainty(uncertainty, volume.array.shape)
         header, voxels = pack_volume(volume)
         request = {
             "request": "segment",
@@ -172,6 +175,13 @@ class Client:
         if self._connection is None or not self._connection.take(frame):
             self._connection = Connection(self._command, self._environment, self._timeout, frame)
         return job
+
+
+def _check_uncertainty(uncertainty: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if uncertainty.shape != shape or uncertainty.dtype != np.uint8 or not uncertainty.flags.writeable:
+        kind = "" if uncertainty.flags.writeable else "read-only "
+        given = f"a {kind}{uncertainty.dtype} array of {uncertainty.shape}"
+        raise ValueError(f"uncertainty is {given}; expected one of uint8 and the volume's {shape}, to be filled")
 
 
 def _read_segmentation(

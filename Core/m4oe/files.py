@@ -173,7 +173,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"Cannot write {path}: it is a folder.")
-    temporary = path.with_name(f".{uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(f".{uuid4().hex[:8]}-{path.name.lower()}")  # ITK knows small letters alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -363,6 +363,8 @@ def _from_itk(image: sitk.Image, modality: str) -> Volume:
 def _opened(path: Path | str) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    if _suffix(Path(path), _METAIMAGE):
+        reader.SetImageIO("MetaImageIO")  # which ITK finds by small letters alone
     reader.ReadImageInformation()
     return reader
 

@@ -52,7 +52,7 @@ class Report:
         peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
         volumes_ml: Volume of each structure that was found.
         warnings: Sentences for the user.
-        confidence: Mean probability, in [0, 1], that the network gave each structure where it found it.
+        confidence: Mean probability, in [0, 1], that the network gave each structure where its own grid shows it.
         intensities: Mean and standard deviation of the volume's values in each structure.
         flags: What to check, by structure: "implausible" volume, "cut" by the field of view, "low confidence".
     """
@@ -182,8 +182,9 @@ class Job(Generic[T]):
         self._events.put(Event(phase, fraction))
 
     def finish(self, message: dict[str, Any], data: bytearray) -> None:
-        """For the connection: the answer."""
-        self._future.set_result(self._read(message, data))
+        """For the connection: the answer, of no account where the job is done."""
+        with suppress(InvalidStateError):
+            self._future.set_result(self._read(message, data))
         self._events.put(None)
 
     def fail(self, error: Exception) -> None:

@@ -27,7 +27,7 @@ from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, FieldPainter, L
 from .spec import DEFAULT_MODEL, find_model
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-QUALITIES = {"standard": 1.0, "fast": 2.0}  # times the model's slice spacing
+QUALITIES = {"standard": 1.0, "fast": 2.0}  # times the slice spacing
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.6
@@ -122,7 +122,7 @@ class Predictor:
             structures: Keys of the structures to keep; None keeps all.
             progress: Called between slabs with the phase and the fraction done in [0, 1].
             cancelled: Asked between layers of the network; True stops.
-            quality: "fast" looks at every second slice of the model's grid, at half the time.
+            quality: "fast" looks at half as many slices, at half the time.
             uncertainty: uint8 of the volume's shape; receives percents, 0 where the network is sure and 100
                 where all classes are as likely (the entropy of their probabilities).
 
@@ -148,6 +148,7 @@ class Predictor:
                 canonical = self._canonical(volume, evidence, forced, QUALITIES[quality])
             with phases("route"):
                 route = self._route(canonical, evidence, forced)
+                canonical = self._canonical_of_chosen(canonical, volume, evidence, route, QUALITIES[quality])
                 network, classes = self._select(route.weights, forced)
                 stack.enter_context(_stoppable(network, cancelled))
             found = np.zeros(volume.array.shape, np.uint8)
@@ -161,8 +162,8 @@ class Predictor:
                 intensities = label_intensities(found, volume.array)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
-        sure = probabilities.by_class()
-        confidence = {key: sure[classes.index(label)] for label, key in self.spec.label_keys.items() if key in volumes}
+        sure = {self.spec.label_keys.get(classes[number]): value for number, value in probabilities.by_class().items()}
+        confidence = {key: sure[key] for key in volumes if key in sure}
         warnings = (
             *volume.warnings,
             *route.doubts,
@@ -192,8 +193,17 @@ class Predictor:
         """The volume under the intensity rule of the forced expert, or else of what the volume seems to be."""
         modality = self.spec.experts[forced].modality if forced is not None else evidence.modality
         rule = self.spec.intensity.get(modality) or next(iter(self.spec.intensity.values()))
-        slice_mm = self.spec.slice_mm * coarser
+        slice_mm = max(self.spec.slice_mm, volume.to_axes(CANONICAL_AXES).grid.spacing[2]) * coarser
         return CanonicalVolume(volume, self.spec.pixel_mm, slice_mm, rule, evidence.offset, self.device)
+
+    def _canonical_of_chosen(
+        self, canonical: CanonicalVolume, volume: Volume, evidence: Evidence, route: _Route, coarser: float
+    ) -> CanonicalVolume:
+        """The volume as the expert learned it, where the gate chose one of another modality than it was asked with."""
+        chosen = int(np.argmax(route.weights))
+        if not route.gate or self.spec.experts[chosen].modality == evidence.modality:
+            return canonical
+        return self._canonical(volume, evidence, chosen, coarser)
 
     def _route(self, canonical: CanonicalVolume, evidence: Evidence, forced: int | None) -> _Route:
         """Expert weights for the whole volume, and what the user should know about the choice.
@@ -283,7 +293,8 @@ class _Probabilities:
     """What the network thinks of its own result: a mean probability per class, and a map where it is wanted."""
 
     def __init__(self, canonical: CanonicalVolume, grid: Grid, classes: int, uncertainty: np.ndarray | None) -> None:
-        self._sums_2K = torch.zeros(2, classes, device=canonical.device)  # voxels, and their probabilities
+        exact = torch.float32 if canonical.device.type == "mps" else torch.float64  # MPS has no other
+        self._sums_2K = torch.zeros(2, classes, dtype=exact, device=canonical.device)  # voxels, their probabilities
         self._painter = None
         if uncertainty is not None:
             array = Volume(uncertainty, grid).to_axes(CANONICAL_AXES).array
@@ -294,15 +305,14 @@ class _Probabilities:
         p_ZHWK = scores_ZHWK.softmax(-1)
         best = p_ZHWK.max(-1)
         for row, values in zip(self._sums_2K, (torch.ones_like(best.values), best.values), strict=True):
-            row.index_add_(0, best.indices.flatten(), values.flatten())
+            row.index_add_(0, best.indices.flatten(), values.flatten().to(row.dtype))
         if self._painter is not None:
             entropy_ZHW = torch.special.entr(p_ZHWK).sum(-1) / math.log(p_ZHWK.shape[-1])
             self._painter.add(entropy_ZHW[..., None].clamp(0, 1) * 100)
 
-    def by_class(self) -> list[float]:
-        """Mean probability of each class where it was the best."""
-        voxels_K, sums_K = self._sums_2K
-        return (sums_K / voxels_K.clamp(min=1)).tolist()
+    def by_class(self) -> dict[int, float]:
+        """Mean probability of each class where it was the best; of none that was so nowhere on the canonical grid."""
+        return {number: total / count for number, (count, total) in enumerate(self._sums_2K.T.tolist()) if count}
 
 
 @contextmanager

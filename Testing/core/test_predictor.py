@@ -293,6 +293,13 @@ def test_a_gate_that_is_sure_raises_no_doubt(with_gate: Callable[..., Predictor]
     assert not [text for text in report.warnings if "doubt" in text]
 
 
+def test_an_expert_of_another_modality_sees_its_own_intensities(with_gate: Callable[..., Predictor]) -> None:
+    predictor, volume = with_gate(9, 0, 0), a_volume(np.abs(smooth(10, 22, 26)))  # no header; it looks like MR
+    labels, report = predictor(volume)
+    assert report.expert_weights["ct"] == 1 and report.chosen_by == "gate"
+    assert np.array_equal(labels.array, segmented(predictor, volume, expert="ct"))
+
+
 def test_a_soft_gate_mixes_the_experts_it_weighs(tmp_path: Path) -> None:
     spec = replace(SPEC, network=replace(NETWORK, top_k=0))
     _, report = a_predictor(tmp_path, spec, gate=(5.0, 1.0, 2.0))(an_mr())
@@ -459,13 +466,19 @@ def test_the_report_says_what_was_done(predictor: Predictor) -> None:
 # ---- quality, probabilities
 
 
-def test_fast_looks_at_half_of_the_slices(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slice_mm", [3.0, 5.0, 7.5])
+def test_fast_looks_at_half_of_the_slices_and_fills_all(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, slice_mm: float
+) -> None:
     seen: list[int] = []
     count = module._scores
     monkeypatch.setattr(module, "_scores", lambda network, stacks: seen.append(len(stacks)) or count(network, stacks))
     for quality in ("standard", "fast"):
-        predictor(a_volume(smooth(24, 12, 12), spacing=(1.5, 1.5, 3.0)), quality=quality)
+        predictor(a_volume(smooth(24, 12, 12), spacing=(1.5, 1.5, slice_mm)), quality=quality)
     assert sum(seen) == 24 + 12  # slices
+    constant(predictor, 2, monkeypatch)
+    labels = segmented(predictor, a_volume(smooth(23, 24, 24), spacing=(1.5, 1.5, slice_mm)), quality="fast")
+    assert (labels == 2).any(axis=(1, 2)).all()
 
 
 def test_an_unknown_quality_is_refused_with_the_choices(predictor: Predictor) -> None:
@@ -494,6 +507,29 @@ def test_asking_for_uncertainty_changes_no_label(predictor: Predictor) -> None:
     plain, _ = predictor(a_ct())
     labels, _ = predictor(a_ct(), uncertainty=np.zeros(a_ct().array.shape, np.uint8))
     np.testing.assert_array_equal(labels.array, plain.array)
+
+
+def test_a_structure_between_the_slices_that_the_network_saw_has_no_confidence(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(network: object, stacks: torch.Tensor) -> torch.Tensor:
+        """Liver and background by turns; the spleen is second everywhere, so it is the best half way."""
+        out = torch.zeros(len(stacks), *stacks.shape[-2:], 5)
+        out[0::2, ..., 1], out[1::2, ..., 0], out[..., 2] = 10, 10, 8
+        return out
+
+    monkeypatch.setattr(module, "_scores", scores)
+    _, report = predictor(a_volume(smooth(16, 20, 20), spacing=(2.0, 2.0, 1.5), modality="CT"))
+    assert set(report.volumes_ml) == {"liver", "spleen"} and set(report.confidence) == {"liver"}
+
+
+def test_the_mean_probability_of_a_large_structure_is_exact() -> None:
+    volume = a_volume(smooth(1, 1, 1))
+    canonical = CanonicalVolume(volume, 2.0, 3.0, SPEC.intensity["CT"])
+    probabilities = module._Probabilities(canonical, volume.grid, 2, None)
+    probabilities._sums_2K[:, 1] = 2**24  # voxels; in float32 another one changes nothing
+    probabilities.add(torch.zeros(1, 1, 1, 2) + torch.tensor([0.0, 1.0]))
+    assert probabilities.by_class() == {1: pytest.approx((2**24 + 1 / (1 + np.exp(-1))) / (2**24 + 1), abs=1e-12)}
 
 
 def test_a_structure_to_check_is_flagged() -> None:

@@ -24,11 +24,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..files import atomic_write
 from ..geometry import Volume
+from ..package import write_tensors
 from ..parallel import WorkerLost, ignore_interrupts, run_jobs
 from ..spec import ModelSpec
 from .data import Case, annotated_classes, make_case
@@ -106,6 +106,14 @@ def build_cache(
         else:
             cases.append(_open(place, source, spec))
     return cases, failures
+
+
+def load_or_fail(source: CaseSource) -> tuple[Volume, Volume | None] | Failure:
+    """The image and labels of a case, or why they cannot be had: one bad file is no reason to stop a training."""
+    try:
+        return source.load()
+    except _BAD_CASE as error:
+        return Failure(source.name, str(error) or type(error).__name__)
 
 
 def start_worker() -> None:
@@ -202,8 +210,8 @@ def _write(path: Path, case: Case, name: str) -> None:
         for label, slices in case.slices_of.items():
             shown_KZ[label, slices] = 1
         arrays |= {"labels": case.labels_ZHW, "shown": shown_KZ}
-    with atomic_write(path) as temporary:
-        save_file(arrays, temporary, {"name": name, "check": _check(arrays)})
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
+    write_tensors(path, tensors, {"name": name, "check": _check(arrays)})
 
 
 def _is_whole(path: Path) -> bool:

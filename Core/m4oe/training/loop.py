@@ -1,7 +1,8 @@
 """The training loop: stage by stage, with checkpoints from which a run that was stopped goes on to the last bit.
 
-A run's folder holds config.json, events.jsonl (one JSON object per line), checkpoint.safetensors, best.safetensors
-(the model that scored best in its stage, where there is validation) and at the end model.safetensors.
+A run's folder holds config.json, data.sha256 (a hash of what it learns from), events.jsonl (one JSON object per line),
+checkpoint.safetensors, best.safetensors (the model that scored best in its stage, where there is validation) and at the
+end model.safetensors.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..evaluation import dice_scores
+from ..evaluation import as_annotated, dice_scores
+from ..files import atomic_write
 from ..network.unet import MoESwinUNet, upcycle
-from ..package import save_model
+from ..package import digest, save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
 from ..spec import ModelSpec
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
-from .cache import CaseSource
+from .cache import CaseSource, Failure, load_or_fail
 from .checkpoint import (
     Progress,
     load_checkpoint,
@@ -114,11 +116,12 @@ def train(
         The model file.
 
     Raises:
-        ValueError: `folder` holds a run of another configuration, or the data do not fit the configuration.
+        ValueError: `folder` holds a run of another configuration or on other data, or the data do not fit the
+            configuration.
         RuntimeError: The loss is not finite, or the memory does not hold a single image.
         OSError: A file cannot be written; the last checkpoint is as it was.
     """
-    with _events(config, folder, on_event, ranks) as emit:
+    with _events(config, data, folder, on_event, ranks, start) as emit:
         run = _opened(config, data, folder, emit, ranks, find_device(device), start)
         model = folder / "model.safetensors"
         finished = run.progress.stage == len(config.stages) and model.exists()
@@ -132,24 +135,46 @@ def train(
 
 @contextmanager
 def _events(
-    config: TrainConfig, folder: Path, on_event: Callable[[Event], None], ranks: Ranks
+    config: TrainConfig,
+    data: TrainingData,
+    folder: Path,
+    on_event: Callable[[Event], None],
+    ranks: Ranks,
+    start: MoESwinUNet | None,
 ) -> Iterator[Callable[[Event], None]]:
     """Yields what tells of an event; the first process alone does."""
     if ranks.rank > 0:
         yield lambda event: None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = folder / "config.json"
-    if saved.exists() and saved.read_text(encoding="utf-8") != config.to_json():
-        raise ValueError(f"{folder} holds a run of another configuration; choose another folder or repeat its options")
-    saved.write_text(config.to_json(), encoding="utf-8")
-    with (folder / "events.jsonl").open("a", buffering=1, encoding="utf-8") as log:
+    _keep(folder / "config.json", config.to_json(), "of another configuration", "repeat its options")
+    _keep(folder / "data.sha256", _fingerprint(data, start), "on other data", "give it the same data and start again")
+    path = folder / "events.jsonl"
+    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a", buffering=1, encoding="utf-8") as log:
+        log.write("\n" if cut else "")
 
         def emit(event: Event) -> None:
             log.write(json.dumps(event) + "\n")
             on_event(event)
 
         yield emit
+
+
+def _keep(path: Path, text: str, other: str, cure: str) -> None:
+    """Writes what a run is, or refuses to go on with another one."""
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path.parent} holds a run {other}; choose another folder or {cure}")
+
+
+def _fingerprint(data: TrainingData, start: MoESwinUNet | None) -> str:
+    """A hash of the spec, of which case teaches what, and of the weights to start from; the day makes no difference."""
+    spec = replace(data.spec, training={}, scores={})
+    cases = [[case.name, case.expert, case.annotated_K.tolist()] for case in data.cases]
+    weights = {key: value.cpu() for key, value in start.state_dict().items()} if start else {}
+    return digest(spec.to_json() + json.dumps(cases), weights)
 
 
 def _opened(
@@ -258,12 +283,15 @@ def _gradients(
         optimiser.zero_grad(set_to_none=True)
         parts = run.progress.parts
         sums: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}  # and no longer those of an attempt that failed, which hold its memory
         try:
             for first in range(parts):
-                losses = loss_of(batch.every(first, parts))
-                (torch.stack(list(losses.values())).sum() / parts).backward()
+                part = batch.every(first, parts)
+                share = len(part.images_BSHW) / len(batch.images_BSHW)
+                losses = loss_of(part)
+                (share * torch.stack(list(losses.values())).sum()).backward()
                 sums = {
-                    key: sums.get(key, torch.zeros_like(loss)) + loss.detach() / parts for key, loss in losses.items()
+                    key: sums.get(key, torch.zeros_like(loss)) + share * loss.detach() for key, loss in losses.items()
                 }
             return sums
         except RuntimeError as error:
@@ -358,9 +386,13 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         copy.load_state_dict(network.state_dict())
         save_model(candidate, _as_mixture(copy, run.config), run.data.spec, torch.float32)
     run.ranks.wait()
-    gated = any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
+    inside = run.network.spec.experts > 1 and run.network.router is None  # its blocks choose by themselves
+    gated = inside or any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
     mine = run.data.validation[run.ranks.rank :: run.ranks.world]
-    scores = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
+    found = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
+    for failure in (item for item in found if isinstance(item, Failure)):
+        run.emit({"event": "left out", "case": failure.name, "reason": failure.reason})
+    scores = [item for item in found if not isinstance(item, Failure)]
     means = {
         key: float(np.mean([dice[key] for _, dice in scores if key in dice])) for _, dice in scores for key in dice
     }
@@ -390,15 +422,21 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
 
 def _validation_scores(
     predictor: Predictor, sources: Sequence[CaseSource], gated: bool
-) -> Iterator[tuple[str, dict[str, float]]]:
+) -> Iterator[tuple[str, dict[str, float]] | Failure]:
     """Name and Dice by structure of each case; until there is a gate, the right expert is named."""
     keys = predictor.spec.label_keys
     for source in sources:
-        image, truth = source.load()
+        loaded = load_or_fail(source)
+        if isinstance(loaded, Failure):
+            yield loaded
+            continue
+        image, truth = loaded
         if truth is None:
             continue
         labels, _ = predictor(image, "auto" if gated else predictor.spec.expert_names[source.expert])
-        dice = dice_scores(labels.array, truth.array, len(keys))
+        counted = as_annotated(keys, source.annotated)
+        values = np.array([0, *predictor.spec.labels_of(list(counted.values()))], np.uint8)
+        dice = dice_scores(values[labels.array], truth.array, len(keys))
         yield source.name, {keys[label]: value for label, value in dice.items() if keys[label] in source.annotated}
 
 
