@@ -18,7 +18,8 @@ help: ## list the targets
 demo: .venv/installed ## segment a made-up volume, or INPUT=file, and draw it, into build/demo
 	$(BIN)/m4oe demo -o build/demo $(if $(INPUT),--input "$(INPUT)")
 
-test: test-core test-nodes test-nodes-stable test-gui test-gui-stable ## run all tests
+test: .venv/installed-test .slicer-stable/installed ## run all tests, two kinds at a time
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-nodes test-nodes-stable test-gui test-gui-stable
 
 test-core: .venv/installed-test ## test the package
 	$(BIN)/python -m pytest Testing/core

@@ -415,6 +415,7 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.gateLabel.visible = pixmap is not None
         if pixmap is not None:
             ui.gateLabel.setPixmap(pixmap)
+            ui.gateLabel.toolTip = _("The gate: {shares}").format(shares=Results.gateShares(report))
         ui.warningsLabel.text = "\n".join(f"• {warning}" for warning in report.warnings)
         Results.fillTable(ui.resultsTable, node, report)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from m4oe.jobs import Report
 
 _BAR_HEIGHT, _TEXT_HEIGHT = 14, 18
-_SHOWN = 0.03  # share of the gate below which an expert is not named
+_SHOWN = 0.15  # share of the gate below which the bar has no room for the expert's name
 _COLORS = ((46, 110, 165), (222, 132, 44), (86, 150, 78), (160, 88, 156), (120, 120, 120))
 
 
@@ -28,7 +28,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
     """A row of text per structure that was found, the largest first, as `header` names the columns."""
     from m4oe.labels import structure
 
-    words = {"implausible": _("implausible volume"), "cut": _("cut by the field of view")}
+    words = {"implausible": _("implausible"), "cut": _("cut")}
     words["low confidence"] = _("low confidence")
     table = []
     for key, volume in sorted(report.volumes_ml.items(), key=lambda item: -item[1]):
@@ -55,7 +55,9 @@ def fillTable(table: Any, segmentationNode: Any, report: Report) -> None:
         segment = segments.GetSegment(segments.GetSegmentIdBySegmentName(cells[0]))
         if segment is not None:
             table.item(number, 0).setIcon(colorIcon([round(255 * channel) for channel in segment.GetColor()]))
+    table.verticalHeader().setVisible(False)
     table.resizeColumnsToContents()
+    table.horizontalHeader().setStretchLastSection(True)
 
 
 def colorIcon(color: Any) -> Any:
@@ -94,6 +96,11 @@ def gateText(report: Report) -> str:
     return reasons.get(report.chosen_by, _("Experts {names}.")).format(names=names)
 
 
+def gateShares(report: Report) -> str:
+    """What the gate gave each expert, as text."""
+    return ", ".join(f"{name} {share:.0%}" for name, share in report.gate.items())
+
+
 def gatePixmap(report: Report, width: int) -> Any:
     """A bar with a part for each expert, as long as the gate gave it a probability; None where it was not asked."""
     if not report.gate:
@@ -106,7 +113,7 @@ def gatePixmap(report: Report, width: int) -> Any:
         part = round(share * width)
         painter.fillRect(left, 0, part, _BAR_HEIGHT, qt.QColor(*_COLORS[number % len(_COLORS)]))
         if share >= _SHOWN:
-            area = qt.QRect(left, _BAR_HEIGHT, max(part, 80), _TEXT_HEIGHT)
+            area = qt.QRect(left, _BAR_HEIGHT, part, _TEXT_HEIGHT)
             painter.drawText(area, int(qt.Qt.AlignLeft) | int(qt.Qt.AlignVCenter), f"{name} {share:.0%}")
         left += part
     painter.end()
