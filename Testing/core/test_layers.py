@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
-    ("__init__", "labels", "names", "spec", "jobs", "parallel"),
+    ("__init__", "labels", "names", "spec", "jobs", "parallel", "install"),
     ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
