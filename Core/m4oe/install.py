@@ -99,8 +99,8 @@ def same_name(name: str) -> str:
 def missing() -> tuple[Requirement, ...]:
     """What has to be installed: what is absent, incomplete or too old.
 
-    What can be imported but is unknown to pip, as Slicer's own VTK, is there. In Slicer `torch` comes through the extension
-    PyTorch: ask for the others by pip.
+    What can be imported but is unknown to pip, as Slicer's own VTK, is there. In Slicer `torch` comes through the
+    extension PyTorch: ask for the others by pip.
     """
     versions = _versions()
     return tuple(requirement for requirement in REQUIREMENTS if _is_missing(requirement, versions))
@@ -137,8 +137,8 @@ def _versions() -> dict[str, str]:
 def constraints() -> str:
     """Lines for `pip install --constraint`, with which pip can replace nothing that is installed here.
 
-    The whole version is pinned, with its label as in `2.13.0+cpu`: pip takes no other build for it. What pip does not see,
-    as Slicer's own VTK, it may not install at all. Free is only what M4oE needs newer and is not Slicer's own.
+    The whole version is pinned, with its label as in `2.13.0+cpu`: pip takes no other build for it. What pip does not
+    see, as Slicer's own VTK, it may not install at all. Free is only what M4oE needs newer and is not Slicer's own.
     """
     versions = _versions()
     free = {same_name(each.name) for each in missing() if not (each.core and in_slicer())}
