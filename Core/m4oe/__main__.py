@@ -1,4 +1,4 @@
-"""The command line: `m4oe segment`, `evaluate`, `models`, `info`, `train`, `demo`, `data`, `doctor`, `bundle`, `worker`.
+"""The command line: `m4oe segment`, `evaluate`, `models`, `info`, `train`, `demo`, `data`, `worker` and for installs.
 
 Exit codes: 0 all done, 1 an input failed, 2 the command itself cannot be carried out, 130 interrupted, 141
 output closed, 143 terminated.

@@ -349,13 +349,13 @@ def _replaced_later(packages: Sequence[Package]) -> list[Finding]:
     """Of packages that Slicer was built with, those that are much newer than the others were put in later."""
     if not in_slicer():
         return []
-    own = [package for package in packages if package.name in map(same_name, _SLICERS_OWN)]
-    times = {package: package.info.stat().st_mtime for package in own}
-    late = [package for package in own if times[package] > min(times.values()) + 2 * _A_DAY]
+    own = {name: package for name in _SLICERS_OWN for package in packages if package.name == same_name(name)}
+    times = {name: package.info.stat().st_mtime for name, package in own.items()}
+    late = [name for name in own if times[name] > min(times.values()) + 2 * _A_DAY]
     cure = "if volumes do not load any more, install Slicer anew, in another folder"
     return [
-        Finding(f"{package.name}, replaced", "note", f"{package.version} was installed after Slicer was built", cure)
-        for package in late
+        Finding(f"{name}, replaced", "note", f"{own[name].version} was installed after Slicer was built", cure)
+        for name in late
     ]
 
 
