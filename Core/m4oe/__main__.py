@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .bundle import add_bundle_command
 from .data_commands import add_data_commands
 from .doctor import add_doctor_command
 from .labels import structure
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_data_commands(commands)
     add_doctor_command(commands)
+    add_bundle_command(commands)
 
     worker = commands.add_parser("worker", help="segment for another program, such as Slicer, over stdin and stdout")
     worker.set_defaults(run=_worker)
