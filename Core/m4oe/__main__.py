@@ -1,4 +1,4 @@
-"""The command line: `m4oe segment`, `evaluate`, `models`, `info`, `train`, `demo`, `data` and `worker`.
+"""The command line: `m4oe segment`, `evaluate`, `models`, `info`, `train`, `demo`, `data`, `worker` and for installs.
 
 Exit codes: 0 all done, 1 an input failed, 2 the command itself cannot be carried out, 130 interrupted, 141
 output closed, 143 terminated.
@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .bundle import add_bundle_command
 from .data_commands import add_data_commands
+from .doctor import add_doctor_command
 from .labels import structure
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, installed_models, model_folders, read_spec
 from .terminal import count, one_line, prepare_folder, progress_bar, say, say_error, score_table
@@ -99,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo, format=FORMATS[0], preview=True)
 
     add_data_commands(commands)
+    add_doctor_command(commands)
+    add_bundle_command(commands)
 
     worker = commands.add_parser("worker", help="segment for another program, such as Slicer, over stdin and stdout")
     worker.set_defaults(run=_worker)
