@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +63,39 @@ def read_volume(path: str | os.PathLike[str], frame: int | None = None) -> Volum
     if not are_orthogonal(volume.grid.direction):
         volume = _warned(volume, "The axes are not at right angles (tilted gantry?).")
     return replace(volume, name=_stem(path, _IMAGES) if path.is_file() else path.resolve().name)
+
+
+def read_series(file: str | os.PathLike[str]) -> Volume:
+    """Reads the DICOM series that a file belongs to from the file's folder, whatever other series lie there.
+
+    Raises:
+        FileNotFoundError: There is nothing at `file`.
+        ValueError: As `read_volume`.
+    """
+    file = Path(file)
+    with _reading(file):
+        files = dicom_files(file)
+        volume = _read_slices([str(path) for path in files]) if len(files) > 1 else _read(file, None)
+    if not are_orthogonal(volume.grid.direction):
+        volume = _warned(volume, "The axes are not at right angles (tilted gantry?).")
+    return replace(volume, name=_stem(file, _IMAGES))
+
+
+def is_dicom(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is DICOM, or a folder holds such files."""
+    path = Path(path)
+    return _is_dicom(path) if path.is_file() else path.is_dir() and _holds_dicom(path)
+
+
+def dicom_files(path: str | os.PathLike[str]) -> list[Path]:
+    """Files of the longest series in a folder, or of the series that a file belongs to, in the order of the slices."""
+    path = Path(path)
+    with _silent_itk():
+        series = _series_files(path if path.is_dir() else path.parent)
+    if path.is_dir():
+        return [Path(name) for name in series[0]] if series else []
+    own = (names for names in series if path.name in {Path(name).name for name in names})
+    return [Path(name) for name in next(own, [str(path)])]
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -321,20 +354,33 @@ def _read_itk(path: Path, frame: int | None) -> Volume:
 
 
 def _read_series(folder: Path) -> Volume:
-    reader = sitk.ImageSeriesReader()
-    ids = reader.GetGDCMSeriesIDs(str(folder), True)
-    series = sorted((reader.GetGDCMSeriesFileNames(str(folder), uid, True) for uid in ids), key=len, reverse=True)
+    series = _series_files(folder)
     if not series:
         raise ValueError("the folder holds no DICOM image.")
-    reader.SetFileNames(series[0])
-    reader.MetaDataDictionaryArrayUpdateOn()
-    volume = _from_itk(reader.Execute(), reader.GetMetaData(0, "0008|0060"))
+    volume = _read_slices(series[0])
     if others := ", ".join(f"{_series_name(names[0])} ({len(names)})" for names in series[1:]):
         chosen = f"{_series_name(series[0][0])} ({len(series[0])} slices)"
-        volume = _warned(volume, f"Only the longest series {chosen} was read, not {others}.")
-    if len(series[0]) == 1:
-        return _thickened(volume, _opened(series[0][0]))
-    return _placed(volume, _positions(reader, len(series[0])))
+        volume = replace(
+            volume, warnings=(f"Only the longest series {chosen} was read, not {others}.", *volume.warnings)
+        )
+    return volume
+
+
+def _series_files(folder: Path) -> list[Sequence[str]]:
+    """The files of each series in a folder, the longest first."""
+    reader = sitk.ImageSeriesReader()
+    ids = reader.GetGDCMSeriesIDs(str(folder), True)
+    return sorted((reader.GetGDCMSeriesFileNames(str(folder), uid, True) for uid in ids), key=len, reverse=True)
+
+
+def _read_slices(files: Sequence[str]) -> Volume:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    reader.MetaDataDictionaryArrayUpdateOn()
+    volume = _from_itk(reader.Execute(), reader.GetMetaData(0, "0008|0060"))
+    if len(files) == 1:
+        return _thickened(volume, _opened(files[0]))
+    return _placed(volume, _positions(reader, len(files)))
 
 
 def _positions(reader: sitk.ImageSeriesReader, slices: int) -> NDArray[np.float64]:

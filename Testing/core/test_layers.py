@@ -13,10 +13,20 @@ import pytest
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
     ("__init__", "labels", "names", "spec", "jobs", "parallel", "install"),
-    ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes", "page"),
+    ("geometry", "nifti", "metaimage", "files", "dicom", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
-    ("raster", "preview", "terminal", "doctor", "bundle", "data_commands", "train_report", "train_command"),
+    (
+        "raster",
+        "preview",
+        "terminal",
+        "doctor",
+        "bundle",
+        "data_commands",
+        "segment_command",
+        "train_report",
+        "train_command",
+    ),
     ("worker", "connection", "client", "__main__"),
 )
 HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")
