@@ -402,6 +402,24 @@ def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path, monkeypatc
     assert events[-1] == {"event": "early stop", "stage": "dense", "step": 8}
 
 
+def test_a_run_that_was_stopped_as_a_stage_ended_early_takes_no_step_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(event: Any) -> None:
+        if event["event"] == "early stop":
+            raise Stopped
+
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: [("a", {"liver": 0.5})])
+    config = replace(CONFIG, stages=(Stage("dense", 40, 1e-3),), validate_every=2, patience=3)
+    with pytest.raises(Stopped):
+        train(config, some_data(validation=True), tmp_path, watch, device="cpu")
+    events = run(tmp_path, config, some_data(validation=True))
+    assert events == [
+        {"event": "resumed", "stage": 0, "step": 8},
+        {"event": "early stop", "stage": "dense", "step": 8},
+    ]
+
+
 def test_validation_segments_whole_volumes_on_their_own_grid(tmp_path: Path) -> None:
     config = replace(CONFIG, stages=(Stage("dense", 60, 1e-2),), validate_every=60)
     events = run(tmp_path, config, some_data(validation=True))

@@ -247,6 +247,9 @@ def _steps(
     start, recent = time.perf_counter(), _Recent(run.config, number)
     learner.train()
     for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
+        if config.patience and progress.worse >= config.patience:
+            run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
+            break
         batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
@@ -270,9 +273,6 @@ def _steps(
         if progress.step % config.checkpoint_every == 0 and not last:
             averages = {f"average.{key}": value for key, value in average.state_dict().items()}
             _save(run, learner, averages | optimiser_tensors(optimiser))
-        if config.patience and progress.worse >= config.patience:
-            run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
-            break
 
 
 def _gradients(
