@@ -135,6 +135,16 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stage: 
     assert_same_model(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_the_time_of_a_stage_goes_on_where_it_was(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(CONFIG, some_data(), tmp_path, stop_at("dense", 4), device="cpu")
+    path = tmp_path / "checkpoint.safetensors"
+    progress, tensors = load_checkpoint(path)
+    save_checkpoint(path, replace(progress, seconds=1000.0), tensors)
+    seconds = {(event["stage"], event["step"]): event["seconds"] for event in run(tmp_path) if event["event"] == "step"}
+    assert seconds["dense", 6] > 1000 > seconds["experts", 2]
+
+
 KILLED = """
 import sys, pathlib
 sys.path.insert(0, {tests!r})

@@ -244,7 +244,7 @@ def _steps(
     losses_of = Objective(stage, run.data.spec, run.device, run.data.experts > 1, run.ranks.add_up)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     bfloat16 = bfloat16_is_faster(run.device)
-    start, recent = time.perf_counter(), _Recent(run.config, number)
+    start, recent = time.perf_counter() - progress.seconds, _Recent(run.config, number)
     learner.train()
     for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
         if config.patience and progress.worse >= config.patience:
@@ -263,10 +263,11 @@ def _steps(
         optimiser.step()
         average.update_parameters(learner)
         progress.step += 1
+        progress.seconds = time.perf_counter() - start
         recent.add(losses, batch.names)
         last = progress.step == stage.steps
         if progress.step % _LOG_EVERY == 0 or progress.step % config.checkpoint_every == 0 or last:
-            run.emit(recent.event(progress.step, time.perf_counter() - start))
+            run.emit(recent.event(progress.step, progress.seconds))
         if config.validate_every and (progress.step % config.validate_every == 0 or last):
             _validate(run, stage, average.module)
             learner.train()
