@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from .geometry import Grid, Volume
+from .geometry import LPS, Grid, Volume
 from .labels import Code, Structure, structure
 from .metaimage import check_metaimage
 from .nifti import Header, are_orthogonal, check_spacing, choose_frame, read_nifti, read_nifti_header
@@ -33,7 +33,6 @@ _LABEL_NAME = re.compile(r"(^|[ ._-])(label(s|map)?([ ._-].*)?|seg|segmentation|
 _TABLE = ("LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A")
 _MOST_LABELS = 256  # values that a label map may have
 _ALIKE = 0.75  # of the voxels of a value equal the one before: 0.84 and more in maps of organs, far fewer in images
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _UNEVEN = 0.05  # part of the usual slice gap by which a gap may differ
 _CODES = {
     "Category": "category",
@@ -97,6 +96,13 @@ def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
         searched = ", ".join(str(place) for place in places) or "an empty list"
         raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.")
     return found
+
+
+def dicom_series(folder: Path) -> list[tuple[str, ...]]:
+    """The DICOM files of each series of a folder in the order of its slices, the longest series first."""
+    reader, place = sitk.ImageSeriesReader(), str(folder)
+    found = (reader.GetGDCMSeriesFileNames(place, uid, True) for uid in reader.GetGDCMSeriesIDs(place, True))
+    return sorted(found, key=len, reverse=True)
 
 
 def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
@@ -321,11 +327,10 @@ def _read_itk(path: Path, frame: int | None) -> Volume:
 
 
 def _read_series(folder: Path) -> Volume:
-    reader = sitk.ImageSeriesReader()
-    ids = reader.GetGDCMSeriesIDs(str(folder), True)
-    series = sorted((reader.GetGDCMSeriesFileNames(str(folder), uid, True) for uid in ids), key=len, reverse=True)
+    series = dicom_series(folder)
     if not series:
         raise ValueError("the folder holds no DICOM image.")
+    reader = sitk.ImageSeriesReader()
     reader.SetFileNames(series[0])
     reader.MetaDataDictionaryArrayUpdateOn()
     volume = _from_itk(reader.Execute(), reader.GetMetaData(0, "0008|0060"))
@@ -357,7 +362,7 @@ def _from_itk(image: sitk.Image, modality: str) -> Volume:
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     known = modality.strip() if modality.strip() in ("CT", "MR") else None
-    return Volume(array, Grid(array.shape, _LPS @ affine), modality=known)
+    return Volume(array, Grid(array.shape, LPS @ affine), modality=known)
 
 
 def _opened(path: Path | str) -> sitk.ImageFileReader:
@@ -381,7 +386,7 @@ def _series_name(file: str) -> str:
 def _placed(volume: Volume, positions: NDArray[np.float64]) -> Volume:
     """Takes the step between slices from their positions (LPS mm [slice, xyz]), for ITK does not see a tilt."""
     affine = np.array(volume.grid.affine)
-    affine[:3, 2] = _LPS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
+    affine[:3, 2] = LPS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     if gaps.min() < _UNEVEN * gaps.max():
         raise ValueError("several slices lie at one place, expected a series of one phase, echo or time.")
@@ -447,7 +452,7 @@ def _present(labels: Volume, structures: Mapping[int, str]) -> dict[int, Structu
 
 
 def _write_seg_nrrd(path: Path, labels: Volume, present: Mapping[int, Structure], source: str) -> None:
-    affine = _LPS @ labels.grid.affine
+    affine = LPS @ labels.grid.affine
     extent = " ".join(f"0 {size - 1}" for size in labels.grid.shape[::-1])
     header: dict[str, Any] = {
         "space": "left-posterior-superior",
@@ -485,7 +490,7 @@ def _segment(value: int, entry: Structure, source: str) -> dict[str, str]:
 
 def _write_itk(path: Path, volume: Volume) -> None:
     image = sitk.GetImageFromArray(volume.array)
-    affine = _LPS @ volume.grid.affine
+    affine = LPS @ volume.grid.affine
     image.SetSpacing(volume.grid.spacing)
     image.SetDirection((affine[:3, :3] / volume.grid.spacing).ravel().tolist())
     image.SetOrigin(affine[:3, 3].tolist())
