@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from .geometry import Grid, Volume
+from .geometry import LPS, Grid, Volume
 from .labels import Code, Structure, structure
 from .metaimage import check_metaimage
 from .nifti import Header, are_orthogonal, check_spacing, choose_frame, read_nifti, read_nifti_header
@@ -33,7 +33,6 @@ _LABEL_NAME = re.compile(r"(^|[ ._-])(label(s|map)?([ ._-].*)?|seg|segmentation|
 _TABLE = ("LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A")
 _MOST_LABELS = 256  # values that a label map may have
 _ALIKE = 0.75  # of the voxels of a value equal the one before: 0.84 and more in maps of organs, far fewer in images
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _UNEVEN = 0.05  # part of the usual slice gap by which a gap may differ
 _CODES = {
     "Category": "category",
@@ -91,7 +90,7 @@ def dicom_files(path: str | os.PathLike[str]) -> list[Path]:
     """Files of the longest series in a folder, or of the series that a file belongs to, in the order of the slices."""
     path = Path(path)
     with _silent_itk():
-        series = _series_files(path if path.is_dir() else path.parent)
+        series = dicom_series(path if path.is_dir() else path.parent)
     if path.is_dir():
         return [Path(name) for name in series[0]] if series else []
     own = (names for names in series if path.name in {Path(name).name for name in names})
@@ -130,6 +129,13 @@ def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
         searched = ", ".join(str(place) for place in places) or "an empty list"
         raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.")
     return found
+
+
+def dicom_series(folder: Path) -> list[tuple[str, ...]]:
+    """The DICOM files of each series of a folder in the order of its slices, the longest series first."""
+    reader, place = sitk.ImageSeriesReader(), str(folder)
+    found = (reader.GetGDCMSeriesFileNames(place, uid, True) for uid in reader.GetGDCMSeriesIDs(place, True))
+    return sorted(found, key=len, reverse=True)
 
 
 def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
@@ -354,7 +360,7 @@ def _read_itk(path: Path, frame: int | None) -> Volume:
 
 
 def _read_series(folder: Path) -> Volume:
-    series = _series_files(folder)
+    series = dicom_series(folder)
     if not series:
         raise ValueError("the folder holds no DICOM image.")
     volume = _read_slices(series[0])
@@ -364,13 +370,6 @@ def _read_series(folder: Path) -> Volume:
             volume, warnings=(f"Only the longest series {chosen} was read, not {others}.", *volume.warnings)
         )
     return volume
-
-
-def _series_files(folder: Path) -> list[Sequence[str]]:
-    """The files of each series in a folder, the longest first."""
-    reader = sitk.ImageSeriesReader()
-    ids = reader.GetGDCMSeriesIDs(str(folder), True)
-    return sorted((reader.GetGDCMSeriesFileNames(str(folder), uid, True) for uid in ids), key=len, reverse=True)
 
 
 def _read_slices(files: Sequence[str]) -> Volume:
@@ -403,7 +402,7 @@ def _from_itk(image: sitk.Image, modality: str) -> Volume:
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     known = modality.strip() if modality.strip() in ("CT", "MR") else None
-    return Volume(array, Grid(array.shape, _LPS @ affine), modality=known)
+    return Volume(array, Grid(array.shape, LPS @ affine), modality=known)
 
 
 def _opened(path: Path | str) -> sitk.ImageFileReader:
@@ -427,7 +426,7 @@ def _series_name(file: str) -> str:
 def _placed(volume: Volume, positions: NDArray[np.float64]) -> Volume:
     """Takes the step between slices from their positions (LPS mm [slice, xyz]), for ITK does not see a tilt."""
     affine = np.array(volume.grid.affine)
-    affine[:3, 2] = _LPS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
+    affine[:3, 2] = LPS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     if gaps.min() < _UNEVEN * gaps.max():
         raise ValueError("several slices lie at one place, expected a series of one phase, echo or time.")
@@ -493,7 +492,7 @@ def _present(labels: Volume, structures: Mapping[int, str]) -> dict[int, Structu
 
 
 def _write_seg_nrrd(path: Path, labels: Volume, present: Mapping[int, Structure], source: str) -> None:
-    affine = _LPS @ labels.grid.affine
+    affine = LPS @ labels.grid.affine
     extent = " ".join(f"0 {size - 1}" for size in labels.grid.shape[::-1])
     header: dict[str, Any] = {
         "space": "left-posterior-superior",
@@ -531,7 +530,7 @@ def _segment(value: int, entry: Structure, source: str) -> dict[str, str]:
 
 def _write_itk(path: Path, volume: Volume) -> None:
     image = sitk.GetImageFromArray(volume.array)
-    affine = _LPS @ volume.grid.affine
+    affine = LPS @ volume.grid.affine
     image.SetSpacing(volume.grid.spacing)
     image.SetDirection((affine[:3, :3] / volume.grid.spacing).ravel().tolist())
     image.SetOrigin(affine[:3, 3].tolist())

@@ -150,7 +150,6 @@ class Predictor:
                 route = self._route(canonical, evidence, forced)
                 canonical = self._canonical_of_chosen(canonical, volume, evidence, route, QUALITIES[quality])
                 network, classes = self._select(route.weights, forced)
-                stack.enter_context(_stoppable(network, cancelled))
             found = np.zeros(volume.array.shape, np.uint8)
             labels = Volume(found, volume.grid).to_axes(CANONICAL_AXES).array
             probabilities = _Probabilities(canonical, volume.grid, len(classes), uncertainty)
@@ -317,7 +316,7 @@ class _Probabilities:
 
 @contextmanager
 def _stoppable(network: MoESwinUNet, cancelled: Callable[[], bool] | None) -> Iterator[None]:
-    """Asks `cancelled` before every block of the network, as a whole slab may take seconds."""
+    """Asks `cancelled` before every block of the network and of its copies, as a whole slab may take seconds."""
     with ExitStack() as hooks:
         for block in network.modules() if cancelled is not None else ():
             if isinstance(block, SwinBlock):

@@ -175,15 +175,15 @@ def test_another_spec_has_entries_of_its_own(tmp_path: Path, other: ModelSpec) -
 
 
 def test_what_leaves_the_voxels_as_they_are_leaves_the_cache(tmp_path: Path) -> None:
-    """A new modality appends an expert and structures; a model gets another name, a case another weight."""
+    """A new modality appends an expert and structures; a model gets another name."""
     load = Loader()
     built(tmp_path, a_source(load))
     experts = (ExpertSpec("mr", "MR"), ExpertSpec("x", "CT"), ExpertSpec("ct", "CT"))
     grown = replace(SPEC, name="grown", structures=(*SPEC.structures, "aorta"), experts=experts, network=NetworkSpec(3))
-    source = replace(a_source(load), expert=2, weight=3.0)
+    source = replace(a_source(load), expert=2)
     (case,) = built(tmp_path, source, spec=grown)
     assert load.calls == 1
-    assert (case.expert, case.weight) == (2, 3.0)
+    assert case.expert == 2
     assert case.annotated_K.tolist() == [True, True, True, False]
 
 

@@ -135,6 +135,16 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stage: 
     assert_same_model(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_the_time_of_a_stage_goes_on_where_it_was(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(CONFIG, some_data(), tmp_path, stop_at("dense", 4), device="cpu")
+    path = tmp_path / "checkpoint.safetensors"
+    progress, tensors = load_checkpoint(path)
+    save_checkpoint(path, replace(progress, seconds=1000.0), tensors)
+    seconds = {(event["stage"], event["step"]): event["seconds"] for event in run(tmp_path) if event["event"] == "step"}
+    assert seconds["dense", 6] > 1000 > seconds["experts", 2]
+
+
 KILLED = """
 import sys, pathlib
 sys.path.insert(0, {tests!r})
@@ -400,6 +410,24 @@ def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path, monkeypatc
     config = replace(CONFIG, stages=(Stage("dense", 40, 1e-3),), validate_every=2, patience=3)
     events = run(tmp_path, config, some_data(validation=True))
     assert events[-1] == {"event": "early stop", "stage": "dense", "step": 8}
+
+
+def test_a_run_that_was_stopped_as_a_stage_ended_early_takes_no_step_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(event: Any) -> None:
+        if event["event"] == "early stop":
+            raise Stopped
+
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: [("a", {"liver": 0.5})])
+    config = replace(CONFIG, stages=(Stage("dense", 40, 1e-3),), validate_every=2, patience=3)
+    with pytest.raises(Stopped):
+        train(config, some_data(validation=True), tmp_path, watch, device="cpu")
+    events = run(tmp_path, config, some_data(validation=True))
+    assert events == [
+        {"event": "resumed", "stage": 0, "step": 8},
+        {"event": "early stop", "stage": "dense", "step": 8},
+    ]
 
 
 def test_validation_segments_whole_volumes_on_their_own_grid(tmp_path: Path) -> None:

@@ -417,6 +417,15 @@ def test_a_cancelled_run_stops_between_two_layers(predictor: Predictor) -> None:
     assert len(asked) == 3
 
 
+@pytest.mark.parametrize("expert", ["auto", "ct"])
+def test_each_layer_asks_once_whether_to_stop(predictor: Predictor, expert: str) -> None:
+    """Of the three, of which the gate needs the first alone; and before each slab and at the end it is asked too."""
+    asked: list[bool] = []
+    predictor(a_ct(), expert, cancelled=lambda: bool(asked.append(True)))
+    slabs = 2
+    assert len(asked) == (expert == "auto") * slabs + slabs * 3 + slabs + 1
+
+
 def test_a_run_that_nobody_cancels_ends(predictor: Predictor) -> None:
     assert predictor(a_ct(), cancelled=lambda: False)[0].array.any()
 

@@ -52,7 +52,6 @@ class CaseSource:
         content: All that decides what `load` gives: files and folders by their bytes, texts (such as a label table)
             as they are.
         load: Reads the image and its labels, in the spec's label values or None. Runs in another process.
-        weight: How often it is drawn, relative to the other cases of its expert.
     """
 
     name: str
@@ -60,7 +59,6 @@ class CaseSource:
     annotated: tuple[str, ...]
     content: tuple[Path | str, ...]
     load: Callable[[], tuple[Volume, Volume | None]]
-    weight: float = 1.0
 
 
 class Failure(NamedTuple):
@@ -234,7 +232,7 @@ def _open(path: Path, source: CaseSource, spec: ModelSpec) -> Case:
     slices_of = {int(label): np.flatnonzero(shown_KZ[label]) for label in np.flatnonzero(shown_KZ.any(1))}
     annotated_K = annotated_classes(source.annotated, spec)
     image_ZHW, labels_ZHW = arrays["image"], arrays.get("labels")
-    return Case(image_ZHW, labels_ZHW, annotated_K, source.expert, slices_of, source.name, source.weight)
+    return Case(image_ZHW, labels_ZHW, annotated_K, source.expert, slices_of, source.name)
 
 
 def _map(path: Path) -> tuple[dict[str, np.ndarray], str]:

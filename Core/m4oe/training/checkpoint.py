@@ -26,6 +26,7 @@ class Progress:
         parts: Parts into which a batch is cut to fit into memory.
         best: Best validation score of the stage; -1 before the first.
         worse: Validations since then.
+        seconds: That the stage has taken.
     """
 
     stage: int = 0
@@ -34,6 +35,7 @@ class Progress:
     parts: int = 1
     best: float = -1.0
     worse: int = 0
+    seconds: float = 0.0
 
 
 def save_checkpoint(path: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:

@@ -244,9 +244,12 @@ def _steps(
     losses_of = Objective(stage, run.data.spec, run.device, run.data.experts > 1, run.ranks.add_up)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     bfloat16 = bfloat16_is_faster(run.device)
-    start, recent = time.perf_counter(), _Recent(run.config, number)
+    start, recent = time.perf_counter() - progress.seconds, _Recent(run.config, number)
     learner.train()
     for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
+        if config.patience and progress.worse >= config.patience:
+            run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
+            break
         batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
@@ -260,19 +263,17 @@ def _steps(
         optimiser.step()
         average.update_parameters(learner)
         progress.step += 1
+        progress.seconds = time.perf_counter() - start
         recent.add(losses, batch.names)
         last = progress.step == stage.steps
         if progress.step % _LOG_EVERY == 0 or progress.step % config.checkpoint_every == 0 or last:
-            run.emit(recent.event(progress.step, time.perf_counter() - start))
+            run.emit(recent.event(progress.step, progress.seconds))
         if config.validate_every and (progress.step % config.validate_every == 0 or last):
             _validate(run, stage, average.module)
             learner.train()
         if progress.step % config.checkpoint_every == 0 and not last:
             averages = {f"average.{key}": value for key, value in average.state_dict().items()}
             _save(run, learner, averages | optimiser_tensors(optimiser))
-        if config.patience and progress.worse >= config.patience:
-            run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
-            break
 
 
 def _gradients(

@@ -1,4 +1,7 @@
-"""How a model scores on cases that training never saw, routed as any volume is."""
+"""How a model scores on cases that training never saw, routed as any volume is whose header tells the modality.
+
+Images come with the modality of their plan; volumes of other formats than DICOM may leave the choice to the gate alone.
+"""
 
 from __future__ import annotations
 
