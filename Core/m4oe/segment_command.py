@@ -129,6 +129,7 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frame", type=int, metavar="N", help="frame of 4-D volumes, from 0; 3-D ones have but one")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--quality", choices=("standard", "fast"), default="standard", help="fast: half of the slices")
 
 
 def _segment(options: argparse.Namespace) -> int:
@@ -342,7 +343,8 @@ def _is_done(case: _Case, entries: Mapping[str, Any], spec: ModelSpec, options: 
 def _asked(case: _Case, options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for a case, as volumes.json keeps it."""
     frame = options.frame if case.frame is None else case.frame
-    return {"expert": case.expert or options.expert, "structures": options.structures, "frame": frame}
+    expert = case.expert or options.expert
+    return {"expert": expert, "structures": options.structures, "frame": frame, "quality": options.quality}
 
 
 def _segment_case(predictor: Predictor, case: _Case, options: argparse.Namespace, voice: Voice) -> str:
@@ -399,13 +401,13 @@ def segment_volume(
 ) -> tuple[Volume, Report]:
     """Writes the labels, adds the case to the tables and tells what was found."""
     with voice.progress(name) as show:
-        labels, report = predictor(volume, options.expert, options.structures, show)
+        labels, report = predictor(volume, options.expert, options.structures, show, quality=options.quality)
         show("write", 1.0)
         target = options.output / f"{name}.{options.format}"
         written = _write(target, labels, predictor.spec, source)
     entry = {"input": str(source.absolute()), "files": [path.name for path in written], **asdict(report)}
     asked = {"expert": options.expert, "structures": options.structures, "frame": options.frame}
-    _record(options.output, name, entry | {"asked": asked}, voice)
+    _record(options.output, name, entry | {"asked": asked | {"quality": options.quality}}, voice)
     found = count(len(report.volumes_ml), "structure")
     voice.result(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s")
     for warning in report.warnings:

@@ -106,12 +106,13 @@ class Batch:
                     case, _("{found} structures, {warnings} warnings").format(found=len(found), warnings=warnings)
                 )
             case "skipped":
-                self._tell(case, _("done before"))
+                reasons = {"done": _("done before"), "label map": _("left out: it is a label map")}
+                self._tell(case, reasons.get(event["reason"], event["reason"]))
             case "failed":
                 self._tell(case, _("failed: {error}").format(error=event["error"]))
             case "end":
                 self.fraction = 1.0
-                self.sentence = _("{done} done, {skipped} done before, {failed} failed").format(**event)
+                self.sentence = _("{done} done, {skipped} skipped, {failed} failed").format(**event)
 
     def _tell(self, case: str, text: str) -> None:
         if case not in self._rows:
