@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..evaluation import as_annotated, dice_scores
 from ..files import atomic_write
+from ..geometry import Volume
+from ..jobs import Cancelled
 from ..network.unet import MoESwinUNet, upcycle
 from ..package import digest, save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
-from ..preview import Comparison, write_comparison
 from ..spec import ModelSpec
 from ..training_run import PAUSE
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
@@ -46,6 +47,7 @@ from .ranks import Ranks
 from .stages import Objective, learning_rate, trained_groups
 
 Event = dict[str, Any]
+_Seen = tuple[str, Volume, Volume, Volume]  # name, volume, truth, prediction of a case
 _CLIP = 1.0
 _LOG_EVERY = 20
 _AVERAGED = 0.02  # of a stage's steps: the span of the moving average of the weights
@@ -416,7 +418,7 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
     inside = run.network.spec.experts > 1 and run.network.router is None  # its blocks choose by themselves
     gated = inside or any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
     mine = run.data.validation[run.ranks.rank :: run.ranks.world]
-    drawn: list[Comparison] = []
+    drawn: list[_Seen] = []
     found = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated, drawn)))
     for failure in (item for item in found if isinstance(item, Failure)):
         run.emit({"event": "left out", "case": failure.name, "reason": failure.reason})
@@ -435,8 +437,7 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         candidate.unlink(missing_ok=True)
     overall = run.config.steps_before(run.progress.stage) + run.progress.step
     if run.ranks.rank == 0 and drawn:
-        picture = run.folder / "previews" / f"step_{overall}.png"
-        write_comparison(picture, drawn, dict(enumerate(run.data.spec.structures, start=1)))
+        _draw(run.folder / "previews" / f"step_{overall}.png", drawn, run.data.spec)
     run.emit(
         {
             "event": "validated",
@@ -453,7 +454,7 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
 
 
 def _validation_scores(
-    predictor: Predictor, sources: Sequence[CaseSource], gated: bool, drawn: list[Comparison]
+    predictor: Predictor, sources: Sequence[CaseSource], gated: bool, drawn: list[_Seen]
 ) -> Iterator[tuple[str, dict[str, float]] | Failure]:
     """Name and Dice by structure of each case, the first of which go to `drawn`.
 
@@ -472,9 +473,17 @@ def _validation_scores(
         counted = as_annotated(keys, source.annotated)
         values = np.array([0, *predictor.spec.labels_of(list(counted.values()))], np.uint8)
         if len(drawn) < _PREVIEWS:
-            drawn.append(Comparison(source.name, image, truth, labels))
+            drawn.append((source.name, image, truth, labels))
         dice = dice_scores(values[labels.array], truth.array, len(keys))
         yield source.name, {keys[label]: value for label, value in dice.items() if keys[label] in source.annotated}
+
+
+def _draw(path: Path, cases: Sequence[_Seen], spec: ModelSpec) -> None:
+    """Draws what was found in validation cases, where the packages for that are installed."""
+    with suppress(ImportError):
+        from ..preview import Comparison, write_comparison
+
+        write_comparison(path, [Comparison(*case) for case in cases], spec.label_keys)
 
 
 def _save(run: _Run, learner: torch.nn.Module, *memory: Mapping[str, Tensor]) -> None:
