@@ -65,8 +65,12 @@ def modelFolder() -> str:
     return str(folder)
 
 
-def importModel(path: str) -> str:
+def importModel(path: str, name: str = "") -> str:
     """Copies a model file to the user's folder, whole or not at all, and returns its new path.
+
+    Args:
+        path: The file.
+        name: Of the copy, without suffix; "" for the file's own.
 
     Raises:
         ValueError: It is no model, or a model of that name is there already.
@@ -75,7 +79,7 @@ def importModel(path: str) -> str:
     from m4oe.spec import read_spec
 
     read_spec(path)
-    target = Path(modelFolder(), Path(path).name)
+    target = Path(modelFolder(), f"{name}.safetensors" if name else Path(path).name)
     if target.exists():
         raise ValueError(
             _("{target} is there already. Rename the file, or remove the old one first.").format(target=target)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("M4oESegmentation",)
+MODULES = (
+    "M4oESegmentation",
+    "M4oETraining",
+)
 COMMANDS = ("M4oESegmentCLI",)  # scripted CLI modules: a script and its XML, found by name
 NOT_INSTALLED = {"__pycache__", "CMakeLists.txt", "m4oe.egg-info"}
 

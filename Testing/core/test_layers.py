@@ -12,13 +12,11 @@ import pytest
 
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
-    ("__init__", "labels", "names", "spec", "jobs", "parallel", "install"),
+    ("__init__", "labels", "names", "spec", "jobs", "parallel", "training_run", "install"),
     ("geometry", "nifti", "metaimage", "files", "dicom", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
-    ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
+    ("raster", "preview", "surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
     (
-        "raster",
-        "preview",
         "terminal",
         "doctor",
         "bundle",

@@ -21,6 +21,7 @@ import pytest
 import torch
 from m4oe import package
 from m4oe.geometry import Grid, Volume
+from m4oe.jobs import Cancelled
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import load_model
 from m4oe.predictor import Predictor
@@ -36,6 +37,7 @@ from m4oe.training.data import Batch, Sampler, make_case
 from m4oe.training.loop import TrainingData, train
 from m4oe.training.ranks import Ranks, joined_ranks, local_device
 from m4oe.training.stages import learning_rate, trained_groups
+from m4oe.training_run import PAUSE
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -154,6 +156,22 @@ def slowly(event):
 test_loop.torch.set_num_threads(1)
 test_loop.train(test_loop.CONFIG, test_loop.some_data(), pathlib.Path({folder!r}), slowly, device="cpu")
 """
+
+
+def test_a_run_that_was_paused_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    folder = tmp_path / "paused"
+
+    def ask(event: Any) -> None:
+        if (event["event"], event.get("stage"), event.get("step")) == ("step", "experts", 4):
+            (folder / PAUSE).touch()
+
+    with pytest.raises(Cancelled, match="paused at step 4 of stage experts"):
+        train(CONFIG, some_data(), folder, ask, device="cpu")
+    assert json.loads((folder / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])["event"] == "paused"
+    assert not (folder / PAUSE).exists()
+    assert run(folder)[0] == {"event": "resumed", "stage": 1, "step": 4}
+    assert_same_model(tmp_path / "whole", folder)
 
 
 def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..evaluation import as_annotated, dice_scores
 from ..files import atomic_write
+from ..geometry import Volume
+from ..jobs import Cancelled
 from ..network.unet import MoESwinUNet, upcycle
 from ..package import digest, save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
 from ..spec import ModelSpec
+from ..training_run import PAUSE
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
 from .cache import CaseSource, Failure, load_or_fail
 from .checkpoint import (
@@ -44,9 +47,11 @@ from .ranks import Ranks
 from .stages import Objective, learning_rate, trained_groups
 
 Event = dict[str, Any]
+_Seen = tuple[str, Volume, Volume, Volume]  # name, volume, truth, prediction of a case
 _CLIP = 1.0
 _LOG_EVERY = 20
 _AVERAGED = 0.02  # of a stage's steps: the span of the moving average of the weights
+_PREVIEWS = 4  # validation cases that are drawn
 _HEAD = "head."  # whose weights depend on the classes
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
@@ -118,6 +123,7 @@ def train(
     Raises:
         ValueError: `folder` holds a run of another configuration or on other data, or the data do not fit the
             configuration.
+        Cancelled: The file `pause` in `folder` asked for it; the checkpoint is written.
         RuntimeError: The loss is not finite, or the memory does not hold a single image.
         OSError: A file cannot be written; the last checkpoint is as it was.
     """
@@ -250,6 +256,9 @@ def _steps(
         if config.patience and progress.worse >= config.patience:
             run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
             break
+        if progress.step > 0 and _asked_to_pause(run):
+            _save_amid(run, learner, average, optimiser)
+            _pause(run, stage)
         batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
@@ -272,8 +281,27 @@ def _steps(
             _validate(run, stage, average.module)
             learner.train()
         if progress.step % config.checkpoint_every == 0 and not last:
-            averages = {f"average.{key}": value for key, value in average.state_dict().items()}
-            _save(run, learner, averages | optimiser_tensors(optimiser))
+            _save_amid(run, learner, average, optimiser)
+
+
+def _asked_to_pause(run: _Run) -> bool:
+    """Whether any process of the run saw the file; several processes ask each other now and then only."""
+    if run.ranks.world > 1 and run.progress.step % _LOG_EVERY:
+        return False
+    return any(run.ranks.gather([(run.folder / PAUSE).exists()]))
+
+
+def _pause(run: _Run, stage: Stage) -> None:
+    """Ends the run behind its checkpoint.
+
+    Raises:
+        Cancelled: Always.
+    """
+    run.ranks.wait()
+    if run.ranks.rank == 0:
+        (run.folder / PAUSE).unlink(missing_ok=True)
+    run.emit({"event": "paused", "stage": stage.name, "number": run.progress.stage, "step": run.progress.step})
+    raise Cancelled(f"paused at step {run.progress.step} of stage {stage.name}; the same command goes on from there")
 
 
 def _gradients(
@@ -390,7 +418,8 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
     inside = run.network.spec.experts > 1 and run.network.router is None  # its blocks choose by themselves
     gated = inside or any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
     mine = run.data.validation[run.ranks.rank :: run.ranks.world]
-    found = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
+    drawn: list[_Seen] = []
+    found = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated, drawn)))
     for failure in (item for item in found if isinstance(item, Failure)):
         run.emit({"event": "left out", "case": failure.name, "reason": failure.reason})
     scores = [item for item in found if not isinstance(item, Failure)]
@@ -406,13 +435,16 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         if better:
             candidate.replace(best)
         candidate.unlink(missing_ok=True)
+    overall = run.config.steps_before(run.progress.stage) + run.progress.step
+    if run.ranks.rank == 0 and drawn:
+        _draw(run.folder / "previews" / f"step_{overall}.png", drawn, run.data.spec)
     run.emit(
         {
             "event": "validated",
             "stage": stage.name,
             "number": run.progress.stage,
             "step": run.progress.step,
-            "overall": run.config.steps_before(run.progress.stage) + run.progress.step,
+            "overall": overall,
             "score": round(score, 4),
             "best": better,
             "dice": {key: round(value, 4) for key, value in means.items()},
@@ -422,9 +454,12 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
 
 
 def _validation_scores(
-    predictor: Predictor, sources: Sequence[CaseSource], gated: bool
+    predictor: Predictor, sources: Sequence[CaseSource], gated: bool, drawn: list[_Seen]
 ) -> Iterator[tuple[str, dict[str, float]] | Failure]:
-    """Name and Dice by structure of each case; until there is a gate, the right expert is named."""
+    """Name and Dice by structure of each case, the first of which go to `drawn`.
+
+    Until there is a gate, the right expert is named.
+    """
     keys = predictor.spec.label_keys
     for source in sources:
         loaded = load_or_fail(source)
@@ -437,8 +472,18 @@ def _validation_scores(
         labels, _ = predictor(image, "auto" if gated else predictor.spec.expert_names[source.expert])
         counted = as_annotated(keys, source.annotated)
         values = np.array([0, *predictor.spec.labels_of(list(counted.values()))], np.uint8)
+        if len(drawn) < _PREVIEWS:
+            drawn.append((source.name, image, truth, labels))
         dice = dice_scores(values[labels.array], truth.array, len(keys))
         yield source.name, {keys[label]: value for label, value in dice.items() if keys[label] in source.annotated}
+
+
+def _draw(path: Path, cases: Sequence[_Seen], spec: ModelSpec) -> None:
+    """Draws what was found in validation cases, where the packages for that are installed."""
+    with suppress(ImportError):
+        from ..preview import Comparison, write_comparison
+
+        write_comparison(path, [Comparison(*case) for case in cases], spec.label_keys)
 
 
 def _save(run: _Run, learner: torch.nn.Module, *memory: Mapping[str, Tensor]) -> None:
@@ -446,6 +491,12 @@ def _save(run: _Run, learner: torch.nn.Module, *memory: Mapping[str, Tensor]) ->
         tensors = {f"learner.{key}": value for key, value in learner.state_dict().items()}
         tensors |= {f"best.{key}": value for key, value in run.best.items()}
         save_checkpoint(run.folder / "checkpoint.safetensors", run.progress, tensors | dict(*memory))
+
+
+def _save_amid(run: _Run, learner: torch.nn.Module, average: AveragedModel, optimiser: torch.optim.Optimizer) -> None:
+    """Saves what the next step of the stage needs."""
+    averages = {f"average.{key}": value for key, value in average.state_dict().items()}
+    _save(run, learner, averages | optimiser_tensors(optimiser))
 
 
 def _finish_stage(run: _Run, learner: MoESwinUNet, average: AveragedModel) -> None:

@@ -155,6 +155,7 @@ class _Connector:
                 ("QLineEdit", str): ("textChanged(QString)", "text"),
                 ("ctkPathLineEdit", Path): ("currentPathChanged(QString)", "currentPath"),
                 ("QSpinBox", int): ("valueChanged(int)", "value"),
+                ("QDoubleSpinBox", float): ("valueChanged(double)", "value"),
                 ("QComboBox", enum.Enum): ("currentIndexChanged(int)", "currentIndex"),
             }
             base = enum.Enum if isinstance(kind, type) and issubclass(kind, enum.Enum) else kind
