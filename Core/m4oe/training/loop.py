@@ -26,6 +26,7 @@ from ..network.unet import MoESwinUNet, upcycle
 from ..package import save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
 from ..spec import ModelSpec
+from .atlas import Atlas
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
 from .cache import CaseSource
 from .checkpoint import (
@@ -40,6 +41,7 @@ from .config import Stage, TrainConfig
 from .data import Batch, Case, Sampler, prefetched
 from .ranks import Ranks
 from .stages import Objective, learning_rate, trained_groups
+from .synthesis import Synthesiser
 
 Event = dict[str, Any]
 _CLIP = 1.0
@@ -57,11 +59,13 @@ class TrainingData:
         spec: Of the model, before it has scores.
         cases: Training cases; those without labels serve pretraining alone.
         validation: Whole volumes that choose the best weights and the end of a stage.
+        atlases: Label maps that are drawn in the contrast of every expert, in all stages but pretraining.
     """
 
     spec: ModelSpec
     cases: Sequence[Case]
     validation: Sequence[CaseSource] = ()
+    atlases: Sequence[Atlas] = ()
 
     @property
     def labelled(self) -> list[Case]:
@@ -70,8 +74,8 @@ class TrainingData:
 
     @property
     def experts(self) -> int:
-        """Number of experts that have labelled training cases."""
-        return len({case.expert for case in self.labelled})
+        """Number of experts that have labelled training cases, real or synthetic."""
+        return len(self.spec.experts) if self.atlases else len({case.expert for case in self.labelled})
 
 
 @dataclass
@@ -316,20 +320,18 @@ class _Recent:
         }
 
 
-def _sampler(run: _Run, stage: Stage) -> Sampler:
-    config = run.config
-    cases = run.data.cases if stage.name in ("pretrain", "gate") else run.data.labelled
-    return Sampler(
-        cases,
-        config.images,
-        config.crop,
-        config.network.channels,
-        config.seed,
-        max(chances.margin(config.crop) for chances in AUGMENT.values()),
-        run.ranks.rank,
-        run.ranks.world,
-        pinned=run.device.type == "cuda",
-    )
+def _sampler(run: _Run, stage: Stage) -> Sampler | Synthesiser:
+    config, data, ranks = run.config, run.data, run.ranks
+    drawn = data.atlases if stage.name != "pretrain" else ()
+    cases = data.cases if stage.name in ("pretrain", "gate") and not drawn else data.labelled
+    margin = max(chances.margin(config.crop) for chances in AUGMENT.values())
+    given = (config.images, config.crop, config.network.channels, config.seed, margin, ranks.rank, ranks.world)
+    real = Sampler(cases, *given, pinned=run.device.type == "cuda") if cases or not drawn else None
+    if real and not drawn:
+        return real
+    sizes = (config.images, config.crop, config.seed)
+    place = (ranks.rank, ranks.world, run.device)
+    return Synthesiser(data.spec, drawn, *sizes, real, *place, gate=stage.name == "gate")
 
 
 def _augmenter(run: _Run, stage: Stage) -> Augmenter:
