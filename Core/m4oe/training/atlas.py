@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..geometry import Grid, Volume
+from ..geometry import Volume
 from ..labels import catalogue
 from ..resample import CanonicalVolume, modality_evidence
 from ..spec import IntensityRule, ModelSpec
@@ -29,7 +29,6 @@ _BODY_HU = -300.0
 _BODY_SHARE = 0.08  # of an MR volume's range, above which there is a body
 _RULES = {"CT": IntensityRule("window", -1024, 1500), "MR": IntensityRule("percentile", 0.5, 99.5)}
 _RIM_MM = 6.0  # cortex of a kidney
-_SHELL_MM = 2.5  # of a bone
 _SKIN_MM = (8.0, 22.0)  # fat below the skin where there is no image to show it
 _UNKNOWN = "unknown"  # what a label map without an image calls the rest of the body
 _VESSELS = 0.35  # how far from where two noises cross zero, in their standard deviations
@@ -87,7 +86,7 @@ class Atlas:
     tissues: tuple[str, ...]
     labels_C: NDArray[np.int64]
     annotated_K: NDArray[np.bool_]
-    spacing: tuple[float, float, float]
+    spacing: tuple[float, ...]
     slices_of: Mapping[int, NDArray[np.int64]]
     places_M4: NDArray[np.float32]
     name: str = ""
@@ -142,7 +141,10 @@ def make_atlas(
     canonical = CanonicalVolume(picture, spec.pixel_mm, spec.slice_mm, _RULES[modality or "MR"], offset)
     values_ZHW = canonical.labels(labels)
     intensity_ZHW = canonical.slices(0, canonical.shape[0]).numpy() if image else None
-    size = [shape * step for shape, step in zip(canonical.source.grid.shape, canonical.source.grid.spacing[::-1], strict=True)]
+    size = [
+        shape * step
+        for shape, step in zip(canonical.source.grid.shape, canonical.source.grid.spacing[::-1], strict=True)
+    ]
     spacing = tuple(extent / count for extent, count in zip(size, canonical.shape, strict=True))
     parts = _Parts(values_ZHW.shape, spacing, intensity_ZHW, modality)
     named = {value: key for value, key in meanings.items() if key != "background"}
@@ -208,14 +210,17 @@ def negative_atlas(seed: int, spec: ModelSpec) -> Atlas:
     if not head:
         parts.add(core & (depth > depth.max() - rng.uniform(10, 16)), ("bone", "marrow"), 0)
     known = np.ones(len(spec.structures) + 1, bool)
+    nowhere = np.empty((0, 4), np.float32)
     labels_C = np.array(parts.labels)
-    return Atlas(parts.classes_ZHW, None, tuple(parts.tissues), labels_C, known, spacing, {}, np.empty((0, 4), np.float32), "negative")  # fmt: skip
+    return Atlas(parts.classes_ZHW, None, tuple(parts.tissues), labels_C, known, spacing, {}, nowhere, "negative")
 
 
 class _Parts:
     """The classes found so far."""
 
-    def __init__(self, shape: tuple[int, ...], spacing: Sequence[float], intensity: NDArray | None, modality: str) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], spacing: Sequence[float], intensity: NDArray | None, modality: str
+    ) -> None:
         self.spacing, self.intensity, self.modality = spacing, intensity, modality
         self.classes_ZHW = np.zeros(shape, np.uint8)
         self.tissues, self.labels = ["air"], [0]
@@ -229,7 +234,7 @@ class _Parts:
         elif len(tissues) == 1:
             split = np.zeros(int(mask.sum()), int)
         elif tissues[0].startswith(("cortex", "bone")) and len(tissues) == 2:
-            reach = _RIM_MM if tissues[0].startswith("cortex") else _SHELL_MM
+            reach = _RIM_MM if tissues[0].startswith("cortex") else 1.01 * max(self.spacing[1:])
             split = (ndimage.distance_transform_edt(np.pad(mask, 1), self.spacing)[1:-1, 1:-1, 1:-1][mask] > reach) * 1
         elif tissues[0] == "liver":
             rng = np.random.default_rng(len(self.tissues))
@@ -246,7 +251,9 @@ class _Parts:
     def _by_intensity(self, mask: NDArray[np.bool_], tissues: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
         """k-means of smoothed intensities, that start where CT has the tissues, or in MR evenly."""
         assert self.intensity is not None
-        smooth = ndimage.gaussian_filter(self.intensity.astype(np.float32), (0.5, 0.7, 0.7))[mask]
+        width, weight = (0.5, 0.7, 0.7), mask.astype(np.float32)  # what is beside the mask has no say
+        smooth = ndimage.gaussian_filter(self.intensity * weight, width)[mask]
+        smooth = smooth / ndimage.gaussian_filter(weight, width)[mask]
         if self.modality == "CT":
             rule = _RULES["CT"]
             ordered = sorted(tissues, key=lambda name: TISSUES[name].hu)

@@ -1,11 +1,11 @@
 """Synthesis: training images of any contrast from label maps, as SynthSeg makes them, on the device of the training.
 
-An image is three slices of an `Atlas`. Drawn for each anew are: a large smooth deformation, tilt, the proportions of the
-body, size and place of single organs, slice distance and thickness; the signal of each tissue (in CT HU with contrast
-phases, in MR the signal equations of spin and gradient echoes with T1, T2 and density of the literature, fat suppressed or
-not, and each tissue varied at random on top); texture of the real image and of chance, lesions, arms, table, a truncated
-field of view, and ghosts of motion. What is missing, the `Augmenter` does with synthetic and real images alike: rotation,
-scale, bias field, gamma, resolution, blur and noise.
+An image is three slices of an `Atlas`. Drawn for each anew are: a large smooth deformation, tilt, the proportions of
+the body, size and place of single organs, slice distance and thickness; the signal of each tissue (in CT HU with
+contrast phases; in MR the signal equations of spin and gradient echoes with T1, T2 and density of the literature, fat
+suppressed or not, and each tissue varied at random on top); texture of the real image and of chance, lesions, arms,
+table, a truncated field of view, and ghosts of motion. The rest the `Augmenter` does with synthetic and real images
+alike: rotation, scale, bias field, gamma, resolution, blur and noise.
 
 Sources: Billot et al., "SynthSeg", Medical Image Analysis 86, 2023 (images from label maps, random contrast and
 resolution); Hoffmann et al., "SynthMorph", IEEE Transactions on Medical Imaging 41, 2022 (shapes and contrasts beyond
@@ -37,7 +37,6 @@ _REAL = 0.35  # share of real images for an expert that has some
 _ANY_SLICE = 0.4
 _COARSE = 4  # pixels between the points at which the deformation is computed
 _BANK = 1 << 21
-_MARGIN = 8  # pixels around a crop, which augmentation may move into it
 _WILD = 0.15  # share of MR images whose tissues have any signal
 _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
 
@@ -74,7 +73,7 @@ class Synthesiser:
         """
         self.spec, self.atlases, self.images, self.crop, self.seed = spec, atlases, images, crop, seed
         self.real, self.rank, self.world, self.device, self.gate = real, rank, world, torch.device(device), gate
-        self.margin = max(_MARGIN, real.margin) if real else _MARGIN
+        self.margin = crop // 8  # around a crop, which augmentation may move into it
         if real:
             real.margin = self.margin  # images of a batch are of one size
         self.shares = np.cumsum([atlas.weight for atlas in atlases])
@@ -110,30 +109,28 @@ class Synthesiser:
         """One synthetic image for an expert."""
         number = int(np.searchsorted(self.shares, rng.random() * self.shares[-1], side="right"))
         atlas, size = self.atlases[number], self.crop + 2 * self.margin
-        places_SHW3 = self._places(atlas, size, rng)
+        step_mm = self.spec.slice_mm * (rng.uniform(1, 2.8) if rng.random() < 0.6 else 1.0)
+        places_SHW3 = self._places(atlas, size, step_mm, rng)
         first, last = _span(places_SHW3[..., 0], len(atlas.classes_ZHW))
         classes_ZHW = self.classes[number][first:last].long()
         contrast = _contrast(self.spec.experts[expert].name, self.spec.experts[expert].modality, rng)
         slab_ZHW = self._paint(atlas, number, classes_ZHW, first, contrast, rng)
-        slab_ZHW = _thick(slab_ZHW, self._step_mm / atlas.spacing[0], rng)
+        slab_ZHW = _thick(slab_ZHW, step_mm / atlas.spacing[0], rng)
         places_SHW3[..., 0] -= first
         image_SHW = _sampled(slab_ZHW, places_SHW3, "bilinear")
-        middle = slice(1, 2) if len(places_SHW3) > 1 else slice(0, 1)
+        middle = slice(len(places_SHW3) // 2, len(places_SHW3) // 2 + 1)
         labels_C = torch.from_numpy(atlas.labels_C).to(self.device)
         found_HW = labels_C[_sampled(classes_ZHW.float(), places_SHW3[middle], "nearest")[0].round().long()]
         return self._finished(atlas, expert, image_SHW, found_HW, contrast, rng)
 
     # Shape
 
-    def _places(self, atlas: Atlas, size: int, rng: Generator) -> Tensor:
+    def _places(self, atlas: Atlas, size: int, step_mm: float, rng: Generator) -> Tensor:
         """Where in the atlas each pixel comes from: [S, H, W, 3] in voxels (Z, H, W)."""
-        self._step_mm = self.spec.slice_mm * (rng.uniform(1, 2.8) if rng.random() < 0.6 else 1.0)
-        spacing = np.array(atlas.spacing)
-        shape = np.array(atlas.classes_ZHW.shape)
-        coarse = -(-size // _COARSE)
+        spacing, shape, coarse = np.array(atlas.spacing), np.array(atlas.classes_ZHW.shape), -(-size // _COARSE)
         line = (torch.arange(coarse) - (coarse - 1) / 2) * _COARSE * self.spec.pixel_mm
         count = self.spec.network.channels
-        depth_S = (torch.arange(count) - count // 2) * self._step_mm
+        depth_S = (torch.arange(count) - count // 2) * step_mm
         place_3SHW = torch.stack(torch.meshgrid(depth_S, line, line, indexing="ij"))
         turn = torch.from_numpy(_tilt(rng) * np.exp(rng.normal(0, (0.1, 0.09, 0.09)))).float()
         moved_3SHW = torch.einsum("ij,jshw->ishw", turn, place_3SHW)
@@ -173,21 +170,15 @@ class Synthesiser:
     ) -> Crops:
         """Adds what lies beside and in the body, and scales intensities as the model's rule does."""
         body_HW = image_SHW[len(image_SHW) // 2] > 0.02
-        if contrast != "ct":
-            image_SHW = _scaled(image_SHW, rng)
-        else:
-            image_SHW = image_SHW.clamp(0, 1)
+        image_SHW = image_SHW.clamp(0, 1) if contrast == "ct" else _scaled(_shaded(image_SHW, rng), rng)
         if contrast == "ct" and rng.random() < 0.6:
             _add_table(image_SHW, body_HW, self.spec.pixel_mm, rng)
         if rng.random() < 0.12:
             _add_arms(image_SHW, body_HW, self.spec.pixel_mm, rng)
         if atlas.slices_of and rng.random() < 0.12:
             found_HW = self._with_lesion(atlas, image_SHW, found_HW, rng)
-        if contrast != "ct" and rng.random() < 0.12:
-            shift = int(rng.integers(8, image_SHW.shape[-1] // 2))
-            image_SHW = image_SHW + rng.uniform(0.03, 0.12) * image_SHW.roll(shift, -2)
-        if contrast != "ct" and rng.random() < 0.5:
-            image_SHW = image_SHW + rng.uniform(0, 0.03)
+        if contrast != "ct":
+            _add_artefacts(image_SHW, rng)
         if rng.random() < 0.3:
             _truncate(image_SHW, found_HW, self.crop, rng)
         seed = int(rng.integers(1 << 62))
@@ -260,7 +251,9 @@ def _organs_changed(place_3SHW: Tensor, places_M4: Tensor, rng: Generator) -> Te
     count = len(places_M4)
     from_centre_M3SHW = place_3SHW - places_M4[:, :3, None, None, None]
     radius_M = places_M4[:, 3].clamp(min=8)
-    weight_M1SHW = (-0.5 * (from_centre_M3SHW.square().sum(1, True) / (1.4 * radius_M[:, None, None, None, None]) ** 2)).exp()
+    weight_M1SHW = (
+        -0.5 * (from_centre_M3SHW.square().sum(1, True) / (1.4 * radius_M[:, None, None, None, None]) ** 2)
+    ).exp()
     grow_M = torch.from_numpy(rng.normal(0, 0.16, count)).float().clamp(-0.35, 0.35)
     shift_M3 = torch.from_numpy(rng.normal(0, 0.16, (count, 3))).float().clamp(-0.35, 0.35) * radius_M[:, None]
     change = from_centre_M3SHW * grow_M[:, None, None, None, None] + shift_M3[..., None, None, None]
@@ -289,7 +282,7 @@ def _sampled(volume_ZHW: Tensor, places_SHW3: Tensor, mode: str) -> Tensor:
     """The volume at places in voxels, 0 beyond it within the plane."""
     size = torch.tensor(volume_ZHW.shape, device=places_SHW3.device)
     grid = (2 * places_SHW3 + 1) / size - 1
-    return F.grid_sample(volume_ZHW[None, None], grid.flip(-1)[None], mode, "zeros" if mode == "nearest" else "zeros", False)[0, 0]
+    return F.grid_sample(volume_ZHW[None, None], grid.flip(-1)[None], mode, align_corners=False)[0, 0]
 
 
 def _thick(slab_ZHW: Tensor, slices: float, rng: Generator) -> Tensor:
@@ -327,6 +320,15 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     return means, means * (spread.clamp(max=20) / 100 + 0.02)
 
 
+def _shaded(image_SHW: Tensor, rng: Generator) -> Tensor:
+    """Brighter near the coils, as half of the images are."""
+    if rng.random() < 0.5:
+        return image_SHW
+    points = torch.from_numpy(rng.normal(0, rng.uniform(0.1, 0.6), (1, 1, 3, 3))).float().to(image_SHW.device)
+    field = F.interpolate(points, image_SHW.shape[-2:], mode="bicubic", align_corners=True)
+    return image_SHW * field[0].clamp(-1.5, 1.5).exp()
+
+
 def _scaled(image_SHW: Tensor, rng: Generator) -> Tensor:
     """From the low to the high percentile of what is seen, as far as a few slices tell those of a volume."""
     seen = image_SHW.flatten()[:: max(1, image_SHW.numel() // 20_000)]
@@ -360,6 +362,15 @@ def _add_arms(image_SHW: Tensor, body_HW: Tensor, pixel_mm: float, rng: Generato
         away = torch.hypot((line[:, None] - row) / 1.2, line - column) / radius
         image_SHW.masked_fill_((away < 1) & ~body_HW, float(muscle))
         image_SHW.masked_fill_((away < 0.25) & ~body_HW, float(bone))
+
+
+def _add_artefacts(image_SHW: Tensor, rng: Generator) -> None:
+    """A ghost of motion, and air that is not black, in place."""
+    if rng.random() < 0.12:
+        shift = int(rng.integers(8, image_SHW.shape[-1] // 2))
+        image_SHW += rng.uniform(0.03, 0.12) * image_SHW.roll(shift, -2)
+    if rng.random() < 0.5:
+        image_SHW += rng.uniform(0, 0.03)
 
 
 def _truncate(image_SHW: Tensor, found_HW: Tensor, crop: int, rng: Generator) -> None:
