@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +36,7 @@ CT, T1, T2, T1CE = range(4)
 
 def a_person() -> tuple[Volume, Volume]:
     """A CT of a body of fat around muscle, with a liver, a bladder, a bone, and a colon that holds gas and faeces."""
-    z, y, x = np.indices(SHAPE) - np.array(SHAPE)[:, None, None, None] // 2
-    radius = np.hypot(y, x)
+    radius = from_the_middle()
     labels = np.zeros(SHAPE, np.uint8)
     labels[:, 12:24, 10:20], labels[:, 12:20, 24:32] = 1, 2
     labels[:, 28:34, 19:25], labels[:, 22:27, 24:32] = 3, 4
@@ -44,6 +45,11 @@ def a_person() -> tuple[Volume, Volume]:
         hu[labels == label] = value
     hu[:, 25:27, 24:32] = 0
     return Volume(hu.astype(np.int16), GRID, "person", "CT"), Volume(labels, GRID)
+
+
+def from_the_middle() -> np.ndarray:
+    """Voxels from the axis of the body."""
+    return np.hypot(*(np.indices(SHAPE)[1:] - SHAPE[1] // 2))
 
 
 def an_atlas(spec: ModelSpec = SPEC) -> Atlas:
@@ -67,9 +73,9 @@ def tissues_at(atlas: Atlas, mask: np.ndarray) -> set[str]:
 def test_unlabelled_tissue_of_a_ct_is_split_by_its_hu() -> None:
     image, labels = a_person()
     atlas = an_atlas()
-    fat = (image.array == -100) & (labels.array == 0)
+    fat = (image.array == -100) & (labels.array == 0) & (from_the_middle() < 19)
     assert tissues_at(atlas, fat) == {"visceral_fat"}
-    assert tissues_at(atlas, (image.array == 55) & (labels.array == 0)) == {"muscle"}
+    assert tissues_at(atlas, (image.array == 55) & (labels.array == 0)) <= {"muscle", "bowel_wall"}
     assert tissues_at(atlas, image.array == -1000) == {"air"}
 
 
@@ -89,18 +95,20 @@ def test_only_annotated_structures_keep_their_labels() -> None:
     assert list(atlas.slices_of) == [1, 2]
 
 
-def test_a_label_map_without_an_image_gets_fat_below_the_skin_and_a_mixture_within(tmp_path, saved) -> None:
+def test_a_label_map_without_an_image_gets_fat_below_the_skin_and_a_mixture_within() -> None:
     image, labels = a_person()
     labels.array[(labels.array == 0) & (image.array > -1000)] = 5
     atlas = make_atlas(labels, {**MEANINGS, 5: "body"}, ANNOTATED, SPEC)
     assert atlas.texture_ZHW is None
     assert len(tissues_at(atlas, labels.array == 5)) >= 2
-    edge = (np.hypot(*(np.indices(SHAPE)[1:] - 22)) > 19) & (labels.array == 5)
+    edge = (from_the_middle() > 19) & (labels.array == 5)
     assert tissues_at(atlas, edge) == {"visceral_fat"}
 
 
-def test_a_case_whose_image_is_its_label_map_is_drawn_from_that_alone(tmp_path, saved) -> None:
-    path = saved(tmp_path / "a.nii.gz", np.tile(np.arange(4).reshape(1, 4, 1), (4, 1, 4)))
+def test_a_case_whose_image_is_its_label_map_is_drawn_from_that_alone(
+    tmp_path: Path, saved: Callable[..., Path]
+) -> None:
+    path = saved(tmp_path / "a.nii.gz", np.tile(np.arange(4).reshape(1, 4, 1), (4, 1, 4)), spacing=(5.0, 5.0, 5.0))
     atlas = load_atlas(CaseFiles("a", "a", path, path, labels={1: "liver", 2: "spleen", 3: "fat"}), SPEC)
     assert atlas.texture_ZHW is None and {"liver", "spleen", "fat"} <= set(atlas.tissues)
 
@@ -142,7 +150,7 @@ def test_a_batch_has_as_many_images_of_each_expert_in_order() -> None:
     crops = a_synthesiser().crops_at(0)
     assert crops.experts_B.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert crops.images_BSHW.dtype == torch.float16 and crops.labels_BHW.dtype == torch.uint8
-    assert 0 <= float(crops.images_BSHW.min()) and float(crops.images_BSHW.max()) <= 1
+    assert float(crops.images_BSHW.min()) >= 0 and float(crops.images_BSHW.max()) <= 1
     assert crops.annotated_BK.tolist() == [[True, True, True, False, True]] * 8
 
 
@@ -154,7 +162,7 @@ def test_ranks_share_the_images_of_a_step() -> None:
 
 
 def drawn(synthesiser: Synthesiser, expert: int, label: int, count: int = 24) -> tuple[list[float], list[float]]:
-    """Mean intensity of a label and of what is between 0.15 of air and it, in each image that shows enough of it."""
+    """Median intensity of a label and of all else in the body, in each image that shows enough of it."""
     inside, outside = [], []
     for seed in range(count):
         crops = synthesiser.draw(expert, np.random.default_rng(seed))
@@ -227,6 +235,6 @@ def test_the_preview_shows_each_expert_with_and_without_labels() -> None:
     picture = preview(synthesiser, columns=3)
     size = 40 + 2 * synthesiser.margin
     assert picture.shape == (8 * size, 3 * size, 3)
-    assert 0 <= picture.min() and picture.max() <= 1
+    assert picture.min() >= 0 and picture.max() <= 1
     grey = picture[:size]
     assert (grey[..., 0] == grey[..., 1]).all() and (picture[size : 2 * size].std(-1) > 0.01).any()

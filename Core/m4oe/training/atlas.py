@@ -59,7 +59,7 @@ _LIKE = {  # tissues of a structure, in no order; several where it holds several
     **{key: ("vein",) for key in catalogue() if "vein" in key or "vena" in key},
 }
 _KINDS = {"bone": ("bone", "marrow"), "vessel": ("blood",), "muscle": ("muscle",)}
-_REST = {"CT": ("gas", "visceral_fat", "muscle", "blood", "bone"), "MR": ("bone", "muscle", "bowel_wall", "fat")}
+_REST = {"CT": ("gas", "visceral_fat", "bowel_wall", "muscle", "bone"), "MR": ("bone", "muscle", "bowel_wall", "fat")}
 _MADE_UP = ("visceral_fat", "muscle", "bowel_wall", "bowel_fluid", "gas", "marrow")
 
 
