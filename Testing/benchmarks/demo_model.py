@@ -1,6 +1,8 @@
-"""Trains the model that ships, from data that may be shipped: one command, which goes on where it was stopped.
+"""Trains the model that ships, from data that may be shipped; the same command goes on where it was stopped.
 
-    python Testing/benchmarks/demo_model.py DATA -o OUT [--threads 1] [--length 1] [--init MODEL]
+    m4oe train --phantoms -o PHANTOMS
+    python Testing/benchmarks/demo_model.py DATA -o OUT --init PHANTOMS/model.safetensors:mr_t1ce
+    python Testing/benchmarks/demo_model.py DATA --score MODEL...
 
 DATA is a folder with the volumes and label maps named below; their licences are in the model's description. What came
 of it, and how it got there, is told in Docs/demo-model.md.
@@ -127,6 +129,7 @@ def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
 def demo_config(length: float) -> TrainConfig:
     """The stages, `length` times as long."""
     stages = (
+        Stage("dense", 2400, 1e-3),
         Stage("experts", 2300, 7e-4, balance=0.2),
         Stage("gate", 120, 2e-2),
         Stage("joint", 1000, 4e-4, balance=0.0),
