@@ -48,6 +48,7 @@ def add_train_command(commands: Any) -> None:
     train.add_argument("--preset", choices=("small", "full"), default="small", help="default: %(default)s")
     train.add_argument("--length", type=float, default=1.0, metavar="F", help="times the preset's steps")
     train.add_argument("--pretrain", type=int, default=0, metavar="N", help="steps of pretraining without labels")
+    train.add_argument("--synthesise", action="store_true", help="also draw the label maps as CT and as MR contrasts")
     train.add_argument("--init", metavar="WHAT", help="start from: timm, a file of a Swin transformer, or MODEL:EXPERT")
     train.add_argument("--add-modality", metavar="NAME", help="add the expert NAME to --model and train it alone")
     train.add_argument("--model", metavar="NAME", help=f"that gets the expert; file or name, default: {DEFAULT_MODEL}")
@@ -79,6 +80,8 @@ def _train(options: argparse.Namespace) -> int:
         if options.estimate:
             print(json.dumps(estimate(job.config, job.data, device, job.start)))
             return 0
+        if job.data.atlases and ranks.rank == 0:
+            _write_synthesis(options.output / "synthesis.png", job, emit)
         try:
             model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
         except Cancelled as pause:
@@ -107,6 +110,8 @@ def _check(options: argparse.Namespace) -> None:
     """
     if bool(options.folders) == options.phantoms:
         raise ValueError("expected a plan of m4oe data plan, folders with data sets, or --phantoms")
+    if options.synthesise and (options.phantoms or options.add_modality):
+        raise ValueError("--synthesise draws the label maps of a plan or of folders; leave out the other option")
     if options.add_modality and (options.phantoms or options.init or options.pretrain):
         raise ValueError("--add-modality trains on a plan or folders, from --model alone; leave out the other option")
     if options.model and not options.add_modality:
@@ -134,8 +139,8 @@ def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
     with ranks.first_alone():
         plan = _plan(options)
         if not options.add_modality:
-            config = plan_config(config, plan)
-            data = plan_data(config, plan, cache, emit, scheduler=options.scheduler)
+            config = plan_config(config, plan, options.synthesise)
+            data = plan_data(config, plan, cache, emit, None, options.scheduler, options.synthesise)
             return _Job(config, data, held_back(plan, data.spec), _start(options, config, data))
         model = find_model(options.model or DEFAULT_MODEL)
         config = addition_config(config, read_spec(model))
@@ -148,6 +153,16 @@ def _start(options: argparse.Namespace, config: TrainConfig, data: TrainingData)
     from .training.start import start_network
 
     return start_network(options.init, config, data.spec.structures) if options.init else None
+
+
+def _write_synthesis(path: Path, job: _Job, emit: Emit) -> None:
+    """Writes what synthetic images look like, before any time is spent on them."""
+    from .raster import write_png
+    from .training.synthesis import Synthesiser, preview
+
+    config = job.config
+    write_png(path, preview(Synthesiser(job.data.spec, job.data.atlases, config.images, config.crop, config.seed)))
+    emit({"event": "synthesis", "picture": str(path)})
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -247,6 +262,8 @@ def _line(event: Mapping[str, Any]) -> str:
             return f"goes on at step {event['step']} of stage {event['stage'] + 1}"
         case "phantoms":
             return f"phantoms {event['made']}/{event['of']}"
+        case "synthesis":
+            return f"synthetic images: {event['picture']}"
         case "memory":
             return f"memory is short: batches are computed in {event['parts']} parts"
         case "paused":

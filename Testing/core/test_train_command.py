@@ -100,6 +100,16 @@ def test_a_run_ends_in_a_model_with_scores_and_a_report(base: Path) -> None:
     assert page.count("data:image/png;base64,") == 4 and "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_label_maps_of_one_modality_train_experts_for_all(tmp_path: Path, capsys: Captured) -> None:
+    data = a_data_set(tmp_path / "set", "ct")
+    assert main(["train", str(data), "--synthesise", "-o", str(tmp_path / "run")]) == 0
+    spec = read_spec(tmp_path / "run" / "model.safetensors")
+    assert spec.expert_names == ("ct", "mr_t1", "mr_t1ce", "mr_t2")
+    assert set(spec.scores) == {"ct"} and "drawn as ct, mr_t1, mr_t1ce, mr_t2" in spec.training["data"]
+    assert (tmp_path / "run" / "synthesis.png").read_bytes().startswith(b"\x89PNG")
+    assert "synthetic images: " in capsys.readouterr().out
+
+
 def test_the_same_command_again_trains_no_more_and_reports_anew(base: Path) -> None:
     steps = (base / "events.jsonl").read_text(encoding="utf-8").count('"event": "step"')
     (base / "report.html").unlink()
@@ -294,6 +304,7 @@ def test_a_model_of_one_expert_gets_a_gate_with_the_second(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--synthesise", "--add-modality", "mr_t2"], "--synthesise draws the label maps of a plan or of folders"),
         (["--model", "m4oe-demo"], "--model is what --add-modality extends; to start from a model give --init"),
         (["--add-modality", "pet", "--init", "timm"], "--add-modality trains on a plan or folders, from --model alone"),
     ],
