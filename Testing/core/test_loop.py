@@ -407,7 +407,7 @@ def test_stages_out_of_order_are_refused(names: tuple[str, ...]) -> None:
 def test_the_best_weights_of_a_stage_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, states = iter([0.5, 0.9, 0.2]), []
 
-    def scored(predictor: Any, sources: Any, gated: bool) -> list[Any]:
+    def scored(predictor: Any, sources: Any, gated: bool, drawn: Any) -> list[Any]:
         states.append({key: value.clone() for key, value in predictor.network.state_dict().items()})
         return [("a", {"liver": next(scores)})]
 
