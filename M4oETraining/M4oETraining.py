@@ -28,7 +28,7 @@ for _name, _place in (("m4oe", "Core"), ("M4oESegmentationLib", "M4oESegmentatio
 
 _BUTTONS = (
     *("addFolder", "addScene", "checkAgain", "removeData", "estimate", "start", "pause", "resume", "stop"),
-    *("forget", "report", "useModel", "evaluate", "evaluationStop"),
+    *("forget", "report", "useModel", "evaluate", "evaluationStop", "evaluationPlot"),
 )
 
 
@@ -61,7 +61,7 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.logic: M4oETrainingLogic | None = None
         self.parameters: Any = None
         self._guiTag: int | None = None
-        self._view = self._estimate = self._evaluation = None
+        self._view = self._estimate = self._evaluation = self._scored = None
 
     # ---- life
 
@@ -347,7 +347,12 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             paths = [
                 edit.currentPath for edit in (ui.evaluationImagesEdit, ui.evaluationTruthEdit, ui.evaluationFolderEdit)
             ]
-            self._evaluation = Evaluation(ui.evaluationModelSelector.currentData, *paths, ui.deviceSelector.currentData)
+            choices = (ui.deviceSelector.currentData, self.parameters.labels.strip())
+            self._evaluation = self._scored = Evaluation(ui.evaluationModelSelector.currentData, *paths, *choices)
+
+    def onEvaluationPlot(self) -> None:
+        self._plotLayout.remember()
+        self._scored.plot()
 
     def onEvaluationStop(self) -> None:
         self._evaluation.stop()
@@ -397,6 +402,7 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.useModelButton.enabled = ui.reportButton.enabled = state == "finished"
         ui.forgetButton.enabled = ui.plotButton.enabled = self._view is not None
         ui.evaluateButton.enabled = self._evaluation is None
+        ui.evaluationPlotButton.enabled = self._scored is not None and bool(self._scored.scores)
         ui.evaluationStopButton.enabled = self._evaluation is not None
 
     def _errorsShown(self, message: str) -> Any:

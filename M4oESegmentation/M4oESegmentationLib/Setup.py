@@ -49,7 +49,7 @@ def install() -> str:
     _installTorch()
     from m4oe.install import constraints, missing
 
-    wanted = [str(requirement) for requirement in missing()]
+    wanted = [str(requirement) for requirement in missing() if not requirement.core]
     if not wanted:
         return _("All packages are there.")
     with tempfile.TemporaryDirectory() as folder:

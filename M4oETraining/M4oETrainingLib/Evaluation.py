@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import qt
+import slicer
+import vtk
 from m4oe.labels import structure
 from M4oESegmentationLib import Worker
 from M4oESegmentationLib.Process import Process
@@ -24,8 +26,16 @@ class Evaluation:
         scores: Mean Dice by structure, at the end.
     """
 
-    def __init__(self, model: str, images: str, truth: str, folder: str, device: str) -> None:
+    def __init__(self, model: str, images: str, truth: str, folder: str, device: str, labels: str) -> None:
         """Starts it.
+
+        Args:
+            model: File or name.
+            images: Folder of volumes, or a file.
+            truth: The same with true segmentations.
+            folder: For the results.
+            device: Of the network.
+            labels: What values of the truth mean, where neither the files nor a labels.csv beside them say it.
 
         Raises:
             ValueError: Something that was given cannot be used.
@@ -38,7 +48,9 @@ class Evaluation:
         self._folder = Path(folder)
         found = str(self._folder / "segmentations")
         segment = ["segment", images, "-o", found, "--model", model, "--device", device]
-        self._commands = [["evaluate", found, truth, "-o", str(self._folder / "scores")]]
+        meanings = labels or next((str(path) for path in [Path(truth) / "labels.csv"] if path.exists()), "")
+        score = ["evaluate", found, truth, "-o", str(self._folder / "scores")]
+        self._commands = [[*score, *(["--labels", meanings] if meanings else [])]]
         self._process = Process(Worker.command(*segment), Worker.environment())
         self.sentence, self.error = _("Segmenting the cases"), None
         self.scores: dict[str, float] = {}
@@ -47,7 +59,8 @@ class Evaluation:
         """Goes on; whether all is done."""
         if not self._process.done():
             return False
-        if self._process.code not in (0, 1):
+        summary = self._folder / "scores" / "summary.json"
+        if self._process.code not in (0, 1) or not (self._commands or summary.exists()):
             self.error = "\n".join([line for line in self._process.tail if line.strip()][-6:])
             return True
         if self._commands:
@@ -73,3 +86,27 @@ class Evaluation:
                 table.setItem(row, column, qt.QTableWidgetItem(text))
             if means["dice"] is not None:
                 self.scores[structure(key).name] = means["dice"]
+
+    def plot(self) -> None:
+        """Shows the mean Dice of each structure as bars in Slicer's plot view."""
+        add = slicer.mrmlScene.AddNewNodeByClass
+        table, series, chart = add("vtkMRMLTableNode"), add("vtkMRMLPlotSeriesNode"), add("vtkMRMLPlotChartNode")
+        names, values = vtk.vtkStringArray(), vtk.vtkDoubleArray()
+        names.SetName("structure")
+        values.SetName("Dice")
+        for name, dice in self.scores.items():
+            names.InsertNextValue(name)
+            values.InsertNextValue(dice)
+        for node, name in ((table, _("Scores")), (series, "Dice"), (chart, _("Evaluation"))):
+            node.SetName(name)
+        table.AddColumn(names)
+        table.AddColumn(values)
+        series.SetAndObserveTableNodeID(table.GetID())
+        series.SetPlotType(series.PlotTypeBar)
+        series.SetLabelColumnName("structure")
+        series.SetYColumnName("Dice")
+        series.SetUniqueColor()
+        chart.SetTitle(_("Evaluation"))
+        chart.SetYAxisTitle(_("Dice"))
+        chart.AddAndObservePlotSeriesNodeID(series.GetID())
+        slicer.modules.plots.logic().ShowChartInLayout(chart)
