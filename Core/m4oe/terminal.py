@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ def keys(text: str) -> list[str]:
 
 def one_line(error: object) -> str:
     """What an error says, without line breaks."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        file = error.filename2 or error.filename  # of two, the copy
+        return f"the disk is full{f', cannot write {file}' if file else ''}; make room and try again"
     return " ".join(str(error).split())  # whatever a library says
 
 
