@@ -23,7 +23,7 @@ _LIMITS = "Research use, not a medical device. It was scored on few cases of the
 
 def plan_config(config: TrainConfig, plan: Plan) -> TrainConfig:
     """The configuration with one expert for each that the plan's training cases name; a single one needs no gate."""
-    experts = len(_experts(plan))
+    experts = len(planned_experts(plan))
     stages = tuple(stage for stage in config.stages if experts > 1 or stage.name != "gate")
     return replace(config, network=replace(config.network, experts=experts, top_k=1), stages=stages)
 
@@ -42,7 +42,7 @@ def addition_spec(config: TrainConfig, plan: Plan, model: ModelSpec, name: str) 
     Raises:
         ValueError: The model has the expert, its gate takes none, or the plan has no case of it or some of others.
     """
-    planned = _experts(plan)
+    planned = planned_experts(plan)
     if name in model.expert_names:
         raise ValueError(f"{model.name} has an expert {name}; give the new one another name in the plan and here")
     if model.network.gate != "image" or (model.network.experts > 1 and model.network.top_k != 1):
@@ -87,7 +87,7 @@ def plan_data(
     """
     spec = spec or _spec(config, plan)
     sources = [*_sources(plan, "train", spec), *_sources(plan, "unlabelled", spec)]
-    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler)
+    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler, emit=emit)
     for failure in failures:
         emit({"event": "left out", "case": failure.name, "reason": failure.reason})
     if not cases:
@@ -100,7 +100,7 @@ def held_back(plan: Plan, spec: ModelSpec) -> Sequence[CaseSource]:
     return _sources(plan, "test", spec) or _sources(plan, "val", spec)
 
 
-def _experts(plan: Plan) -> dict[str, str]:
+def planned_experts(plan: Plan) -> dict[str, str]:
     """Modality by expert, CT first; a case that names no expert trains its modality's."""
     named = {_expert(case): case.modality or "" for case in [*plan.cases("train"), *plan.unlabelled()]}
     return dict(sorted(named.items(), key=lambda item: (item[1], item[0])))
@@ -113,7 +113,7 @@ def _expert(case: CaseFiles) -> str:
 
 
 def _spec(config: TrainConfig, plan: Plan) -> ModelSpec:
-    experts = tuple(ExpertSpec(name, modality) for name, modality in _experts(plan).items())
+    experts = tuple(ExpertSpec(name, modality) for name, modality in planned_experts(plan).items())
     return ModelSpec(
         name=config.name,
         version="1",
