@@ -349,6 +349,8 @@ def _asked(case: _Case, options: argparse.Namespace) -> dict[str, Any]:
 
 def _segment_case(predictor: Predictor, case: _Case, options: argparse.Namespace, voice: Voice) -> str:
     """Segments one input and says what came of it: "done", "skipped" or "failed"."""
+    from .files import WriteError
+
     asked = _asked(case, options)
     options = argparse.Namespace(**{**vars(options), "expert": asked["expert"], "frame": asked["frame"]})
     try:
@@ -364,7 +366,7 @@ def _segment_case(predictor: Predictor, case: _Case, options: argparse.Namespace
     except Exception as error:  # a fault of ours in one case must not stop the others
         expected = isinstance(error, FAILURES)
         what = one_line(error) if expected else f"unexpected {type(error).__name__}: {one_line(error)}"
-        sentence = what if str(case.path) in what else f"{case.path}: {what}"
+        sentence = what if isinstance(error, WriteError) or str(case.path) in what else f"{case.path}: {what}"
         voice.error(sentence)
         if not expected:
             voice.note("".join(traceback.format_exception(error)))

@@ -183,7 +183,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
                 process.kill()
     assert process.returncode == -signal.SIGKILL
     events = run(tmp_path / "killed")
-    assert events[0] == {"event": "resumed", "stage": 1, "step": 2}
+    assert events[0] == {"event": "resumed", "stage": 1, "stages": 4, "step": 2}
     run(tmp_path / "whole")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 

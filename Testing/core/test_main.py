@@ -32,7 +32,8 @@ from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
 from m4oe.segment_command import Voice
 from m4oe.segment_command import _record as record
-from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec, read_spec
+from m4oe.terminal import score_table
 from m4oe.training import phantom as phantoms
 from scipy.ndimage import gaussian_filter
 
@@ -606,8 +607,8 @@ def test_a_missing_package_is_named(
 # ---- places that cannot be written
 
 
-def test_structures_swallow_no_input(segment: Command, tmp_path: Path) -> None:
-    assert segment("--structures", "liver,spleen", saved(tmp_path / "CT.mha")) == 0
+def test_structures_swallow_no_input_and_a_comma_too_many_is_no_structure(segment: Command, tmp_path: Path) -> None:
+    assert segment("--structures", "liver,,spleen", saved(tmp_path / "CT.mha")) == 0
     assert {row["structure"] for row in rows(tmp_path / "out")} <= {"liver", "spleen"}
 
 
@@ -799,6 +800,13 @@ def test_models_are_listed_and_a_bad_one_does_not_hide_them(
     assert main(["models"]) == 1
     output, errors = capsys.readouterr()
     assert output.count("tiny  version 1, 3 structures, experts ct, mr") == 2 and "a.safetensors" in errors
+
+
+def test_scores_on_phantoms_are_called_so_and_their_cases_counted(model: Path) -> None:
+    facts = {"data": "9 computer-made phantoms", "scored_cases": {"ct": 5}}
+    lines = score_table(replace(read_spec(model), training=facts)).splitlines()
+    assert lines[0].startswith("Scored on computer-made phantoms that training did not see")
+    assert lines[2].split() == ["(cases)", "5", "-"]
 
 
 def test_info_shows_limits_and_scores(model: Path, capsys: Captured) -> None:

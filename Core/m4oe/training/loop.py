@@ -211,7 +211,8 @@ def _opened(
             run.network = MoESwinUNet(config.network, classes).to(device)
         if run.progress.step == 0:
             run.network.load_state_dict(part_of(run.loaded, "learner."))
-        emit({"event": "resumed", "stage": run.progress.stage, "step": run.progress.step})
+        stages = len(config.stages)
+        emit({"event": "resumed", "stage": run.progress.stage, "stages": stages, "step": run.progress.step})
     return run
 
 

@@ -31,7 +31,7 @@ def plan_config(config: TrainConfig, plan: Plan, synthesise: bool = False) -> Tr
 
     With `synthesise` there is one for each contrast that can be drawn as well.
     """
-    experts = len(_experts(plan, synthesise))
+    experts = len(planned_experts(plan, synthesise))
     stages = tuple(stage for stage in config.stages if experts > 1 or stage.name != "gate")
     return replace(config, network=replace(config.network, experts=experts, top_k=1), stages=stages)
 
@@ -50,7 +50,7 @@ def addition_spec(config: TrainConfig, plan: Plan, model: ModelSpec, name: str) 
     Raises:
         ValueError: The model has the expert, its gate takes none, or the plan has no case of it or some of others.
     """
-    planned = _experts(plan)
+    planned = planned_experts(plan)
     if name in model.expert_names:
         raise ValueError(f"{model.name} has an expert {name}; give the new one another name in the plan and here")
     if model.network.gate != "image" or (model.network.experts > 1 and model.network.top_k != 1):
@@ -97,7 +97,7 @@ def plan_data(
     """
     spec = spec or _spec(config, plan, synthesise)
     sources = [*_sources(plan, "train", spec), *_sources(plan, "unlabelled", spec)]
-    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler)
+    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler, emit=emit)
     for failure in failures:
         emit({"event": "left out", "case": failure.name, "reason": failure.reason})
     if not cases:
@@ -111,7 +111,7 @@ def held_back(plan: Plan, spec: ModelSpec) -> Sequence[CaseSource]:
     return _sources(plan, "test", spec) or _sources(plan, "val", spec)
 
 
-def _experts(plan: Plan, synthesise: bool = False) -> dict[str, str]:
+def planned_experts(plan: Plan, synthesise: bool = False) -> dict[str, str]:
     """Modality by expert, CT first; a case that names no expert trains its modality's."""
     named = {_expert(case): case.modality or "" for case in [*plan.cases("train"), *plan.unlabelled()]}
     if synthesise:
@@ -126,7 +126,7 @@ def _expert(case: CaseFiles) -> str:
 
 
 def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:
-    experts = tuple(ExpertSpec(name, modality) for name, modality in _experts(plan, synthesise).items())
+    experts = tuple(ExpertSpec(name, modality) for name, modality in planned_experts(plan, synthesise).items())
     return ModelSpec(
         name=config.name,
         version="1",
