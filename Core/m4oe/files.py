@@ -134,7 +134,9 @@ def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     found = [entry for place in places for entry in _expand(place)]
     if not found:
         searched = ", ".join(str(place) for place in places) or "an empty list"
-        raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.")
+        inner = any(entry.is_dir() for place in places for entry in _entries(place))
+        cure = " Its subfolders are not searched: name them." if inner else ""
+        raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.{cure}")
     return found
 
 
@@ -150,6 +152,13 @@ def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     files = (entry for entry in _entries(folder) if entry.is_file()) if folder.is_dir() else ()
     return [entry for entry in files if _suffix(entry, _IMAGES) and _is_called_labels(entry)]
+
+
+def labelled_image(path: str | os.PathLike[str]) -> str:
+    """Name without suffix of the image that a file's name (CT_label.nii.gz) says to be labelled there, or ""."""
+    stem = _stem(Path(path), _IMAGES)
+    match = _LABEL_NAME.search(stem)
+    return stem[: match.start()] if match else ""
 
 
 def is_label_map(path: str | os.PathLike[str], volume: Volume) -> bool:
