@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-core test-nodes test-nodes-stable train benchmark format lint types check clean
+.PHONY: help demo test test-core test-nodes test-nodes-stable test-gui test-gui-stable train benchmark format lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -18,7 +18,8 @@ help: ## list the targets
 demo: .venv/installed ## segment a made-up volume, or INPUT=file, and draw it, into build/demo
 	$(BIN)/m4oe demo -o build/demo $(if $(INPUT),--input "$(INPUT)")
 
-test: test-core test-nodes test-nodes-stable ## run all tests
+test: .venv/installed-test .slicer-stable/installed ## run all tests, two kinds at a time
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-nodes test-nodes-stable test-gui test-gui-stable
 
 test-core: .venv/installed-test ## test the package
 	$(BIN)/python -m pytest Testing/core
@@ -28,6 +29,12 @@ test-nodes: .venv/installed-test ## test the node code on Slicer's preview relea
 
 test-nodes-stable: .venv/installed-test .slicer-stable/installed ## test the node code on Slicer's stable release
 	PYTHONPATH=.slicer-stable $(BIN)/python -m pytest Testing/nodes
+
+test-gui: .venv/installed-test ## drive the panels on Slicer's preview release
+	$(BIN)/python -m pytest Testing/gui
+
+test-gui-stable: .venv/installed-test .slicer-stable/installed ## drive the panels on Slicer's stable release
+	PYTHONPATH=.slicer-stable $(BIN)/python -m pytest Testing/gui
 
 train: .venv/installed ## train a model on made-up volumes, into build/train
 	$(BIN)/m4oe train --phantoms -o build/train

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .connection import Connection, Frame
 from .geometry import Volume, pack_volume, unpack_volume
@@ -75,15 +79,21 @@ class Client:
         structures: Sequence[str] | None = None,
         device: str = "auto",
         precision: str = "auto",
+        quality: str = "standard",
+        uncertainty: NDArray[np.uint8] | None = None,
     ) -> Job[tuple[Volume, Report]]:
         """Has a volume segmented, as `Predictor` would; model and device are the worker's.
 
         An array whose voxels lie in order is sent without a copy: it must stay as it is until the phase "send" ends.
+        `uncertainty` is filled when the job is done.
 
         Raises:
-            ValueError: The voxels are no numbers, or the worker's command does not exist.
+            ValueError: The voxels are no numbers, `uncertainty` cannot be filled, or the worker's command does not
+                exist.
             RuntimeError: The worker is busy.
         """
+        if uncertainty is not None:
+            _check_uncertainty(uncertainty, volume.array.shape)
         header, voxels = pack_volume(volume)
         request = {
             "request": "segment",
@@ -93,8 +103,10 @@ class Client:
             "structures": None if structures is None else list(structures),
             "device": device,
             "precision": precision,
+            "quality": quality,
+            "uncertainty": uncertainty is not None,
         }
-        return self._begin(Job(_read_segmentation), request, voxels)
+        return self._begin(Job(partial(_read_segmentation, uncertainty)), request, voxels)
 
     def begin_info(self) -> Job[Info]:
         """Asks the worker what it is and has.
@@ -114,6 +126,8 @@ class Client:
         structures: Sequence[str] | None = None,
         device: str = "auto",
         precision: str = "auto",
+        quality: str = "standard",
+        uncertainty: NDArray[np.uint8] | None = None,
         on_event: OnEvent | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> tuple[Volume, Report]:
@@ -130,7 +144,14 @@ class Client:
             RuntimeError: Anything else went wrong.
         """
         job = self.begin_segment(
-            volume, model=model, expert=expert, structures=structures, device=device, precision=precision
+            volume,
+            model=model,
+            expert=expert,
+            structures=structures,
+            device=device,
+            precision=precision,
+            quality=quality,
+            uncertainty=uncertainty,
         )
         return _wait(job, on_event, cancelled)
 
@@ -156,8 +177,21 @@ class Client:
         return job
 
 
-def _read_segmentation(message: dict[str, Any], data: bytearray) -> tuple[Volume, Report]:
-    return unpack_volume(message["volume"], data), Report.from_json(message["report"])
+def _check_uncertainty(uncertainty: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if uncertainty.shape != shape or uncertainty.dtype != np.uint8 or not uncertainty.flags.writeable:
+        kind = "" if uncertainty.flags.writeable else "read-only "
+        given = f"a {kind}{uncertainty.dtype} array of {uncertainty.shape}"
+        raise ValueError(f"uncertainty is {given}; expected one of uint8 and the volume's {shape}, to be filled")
+
+
+def _read_segmentation(
+    uncertainty: NDArray[np.uint8] | None, message: dict[str, Any], data: bytearray
+) -> tuple[Volume, Report]:
+    size = len(data) - (0 if uncertainty is None else uncertainty.size)
+    labels = unpack_volume(message["volume"], memoryview(data)[:size])
+    if uncertainty is not None:
+        uncertainty[...] = np.frombuffer(data, np.uint8, offset=size).reshape(uncertainty.shape)
+    return labels, Report.from_json(message["report"])
 
 
 def _wait(job: Job[T], on_event: OnEvent | None = None, cancelled: Callable[[], bool] | None = None) -> T:

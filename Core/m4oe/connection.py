@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import IO, Any, NamedTuple, cast
 
 from . import __version__
@@ -53,7 +53,7 @@ class Connection:
         """
         self._process = process = _start_process(command, environment)
         self._stdin, self._stdout, self._stderr = cast(Any, (process.stdin, process.stdout, process.stderr))
-        self._first = frame
+        self._first: Frame | None = frame
         self._job = frame.job
         self._lock = threading.Lock()
         self._ended = self._greeted = False
@@ -77,8 +77,8 @@ class Connection:
             if not self._job.done():
                 raise RuntimeError("the worker is busy; wait until its job is done, or cancel that")
             self._job = frame.job
-        self._prepare_to_cancel(frame)
-        self._outbox.put(frame)
+            self._prepare_to_cancel(frame)
+            self._outbox.put(frame)
         return True
 
     def close(self) -> None:
@@ -148,8 +148,9 @@ class Connection:
             raise ValueError(f"it speaks {there}, this program protocol {PROTOCOL} (M4oE {__version__})")
         self._greeted = True
         self._alarm.cancel()
-        self._outbox.put(self._first)
-        del self._first  # a volume is large
+        with self._lock:
+            self._outbox.put(self._first)
+            self._first = None  # a volume is large
 
     def _handle(self, message: dict[str, Any], data: bytearray) -> None:
         match message["event"]:
@@ -195,6 +196,10 @@ class Connection:
             if self._ended or (job is not None and job.done()):
                 return
             self._ended = True
+            self._first = None
+            with suppress(Empty):  # a volume that nobody will send
+                while True:
+                    self._outbox.get_nowait()
         self._alarm.cancel()
         self._outbox.put(None)
         with suppress(subprocess.TimeoutExpired):

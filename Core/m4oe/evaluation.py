@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from .geometry import Grid, Volume
-from .labels import structure
+from .labels import ancestry, structure
 from .surface import surface_distances
 
 METRICS = ("dice", "nsd", "hd95_mm", "volume_error_ml", "volume_error_percent")
@@ -117,6 +117,21 @@ def dice_scores(predicted: np.ndarray, truth: np.ndarray, labels: int) -> dict[i
     return {label: 2 * both[label] / (found[label] + true[label]) for label in range(1, labels + 1) if true[label]}
 
 
+def as_annotated(structures: Mapping[int, str], annotated: Container[str]) -> dict[int, str]:
+    """What predicted label values count as where only some structures were annotated, as in training.
+
+    A structure that was not counts as the smallest annotated one that it is part of: where the truth of a liver holds
+    its tumours, a tumour is liver. One that is part of none stays what it is.
+
+    Args:
+        structures: Structure by label value.
+        annotated: Keys of the structures that the truth tells apart.
+    """
+    return {
+        value: next((whole for whole in ancestry(key) if whole in annotated), key) for value, key in structures.items()
+    }
+
+
 def evaluate_case(
     predicted: Volume,
     truth: Volume,
@@ -132,7 +147,7 @@ def evaluate_case(
         predicted: Label map on the truth's grid, in any order of axes.
         truth: Label map of whole numbers.
         structures: Structure by label value of the truth; several values may be parts of one structure.
-        predicted_structures: The same of the prediction; None: as the truth's.
+        predicted_structures: The same of the prediction, see `as_annotated`; None: as the truth's.
         annotated: Keys of the structures to score, which the truth must annotate; None: all of `structures`.
         rules: How to score.
         case: For the scores.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .evaluation import DEFAULT_RULES, Rules, Score, evaluate_case
+from .evaluation import DEFAULT_RULES, Rules, Score, as_annotated, evaluate_case
 from .files import atomic_write
 from .geometry import Volume
 from .labelmap import SUFFIXES, file_stem, label_keys, label_values, read_label_map, uncropped
@@ -66,6 +66,7 @@ class _Task(NamedTuple):
     truth_meanings: Meanings | None
     annotated: tuple[str, ...]
     rules: Rules
+    told_apart: frozenset[str]  # structures that any truth lists, or that are to be scored
 
 
 class _Result(NamedTuple):
@@ -125,6 +126,8 @@ def evaluate_files(
 ) -> Evaluation:
     """Scores all pairs; a case that fails is named and stops no other.
 
+    A predicted structure that no truth lists counts as what it is part of, see `as_annotated`.
+
     Args:
         pairs: From `pair_files`.
         name: Of the predictions, for people.
@@ -142,9 +145,14 @@ def evaluate_files(
             known[case] = set(label_keys(truth, truth_meanings).values())
         except _FAILURES as error:
             problems[case] = str(error)
-    wanted = set(structures) or set().union(*known.values())
+    listed: set[str] = set().union(*known.values())
+    wanted = set(structures) or listed
     annotated = tuple(key for key in catalogue() if key in wanted)
-    tasks = [_Task(case, *pairs.cases[case], predicted_meanings, truth_meanings, annotated, rules) for case in known]
+    told_apart = frozenset(listed | wanted)
+    tasks = [
+        _Task(case, *pairs.cases[case], predicted_meanings, truth_meanings, annotated, rules, told_apart)
+        for case in known
+    ]
     results = []
     scored = run_jobs(_score_files, {task.case: task for task in tasks}, jobs, scheduler)
     for number, (case, result) in enumerate(scored, start=1):
@@ -154,7 +162,7 @@ def evaluate_files(
     problems |= {result.case: result.problem for result in results if result.problem}
     notes = pairs.notes + [f"{result.case}: {note}" for result in results for note in result.notes]
     if extra := set().union(*(result.extra for result in results)):
-        notes.append(f"predicted, but not scored as no truth lists it: {', '.join(sorted(extra))}")
+        notes.append(f"predicted, but not scored by itself as no truth lists it: {', '.join(sorted(extra))}")
     scores = [score for result in results for score in result.scores]
     return Evaluation(name, scores, dict(sorted(problems.items())), notes)
 
@@ -204,7 +212,8 @@ def _score_files(task: _Task) -> _Result:
         predicted = predicted.to_axes(truth.grid.axes)
         if predicted.grid.shape != truth.grid.shape:
             truth, predicted = _uncropped(task.truth, truth, predicted), _uncropped(task.predicted, predicted, truth)
-        scores = evaluate_case(predicted, truth, truth_keys, keys, task.annotated, task.rules, task.case)
+        counted = as_annotated(keys, task.told_apart)
+        scores = evaluate_case(predicted, truth, truth_keys, counted, task.annotated, task.rules, task.case)
         extra = {keys[value] for value in label_values(predicted.array) if value in keys} - set(task.annotated)
     except _FAILURES as error:
         text = str(error) or type(error).__name__

@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from .geometry import Grid, Volume
+from .geometry import LPS, Grid, Volume
 from .labels import Code, Structure, structure
 from .metaimage import check_metaimage
 from .nifti import Header, are_orthogonal, check_spacing, choose_frame, read_nifti, read_nifti_header
@@ -33,7 +33,6 @@ _LABEL_NAME = re.compile(r"(^|[ ._-])(label(s|map)?([ ._-].*)?|seg|segmentation|
 _TABLE = ("LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A")
 _MOST_LABELS = 256  # values that a label map may have
 _ALIKE = 0.75  # of the voxels of a value equal the one before: 0.84 and more in maps of organs, far fewer in images
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _UNEVEN = 0.05  # part of the usual slice gap by which a gap may differ
 _CODES = {
     "Category": "category",
@@ -63,6 +62,39 @@ def read_volume(path: str | os.PathLike[str], frame: int | None = None) -> Volum
     if not are_orthogonal(volume.grid.direction):
         volume = _warned(volume, "The axes are not at right angles (tilted gantry?).")
     return replace(volume, name=_stem(path, _IMAGES) if path.is_file() else path.resolve().name)
+
+
+def read_series(file: str | os.PathLike[str]) -> Volume:
+    """Reads the DICOM series that a file belongs to from the file's folder, whatever other series lie there.
+
+    Raises:
+        FileNotFoundError: There is nothing at `file`.
+        ValueError: As `read_volume`.
+    """
+    file = Path(file)
+    with _reading(file):
+        files = dicom_files(file)
+        volume = _read_slices([str(path) for path in files]) if len(files) > 1 else _read(file, None)
+    if not are_orthogonal(volume.grid.direction):
+        volume = _warned(volume, "The axes are not at right angles (tilted gantry?).")
+    return replace(volume, name=_stem(file, _IMAGES))
+
+
+def is_dicom(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is DICOM, or a folder holds such files."""
+    path = Path(path)
+    return _is_dicom(path) if path.is_file() else path.is_dir() and _holds_dicom(path)
+
+
+def dicom_files(path: str | os.PathLike[str]) -> list[Path]:
+    """Files of the longest series in a folder, or of the series that a file belongs to, in the order of the slices."""
+    path = Path(path)
+    with _silent_itk():
+        series = dicom_series(path if path.is_dir() else path.parent)
+    if path.is_dir():
+        return [Path(name) for name in series[0]] if series else []
+    own = (names for names in series if path.name in {Path(name).name for name in names})
+    return [Path(name) for name in next(own, [str(path)])]
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -97,6 +129,13 @@ def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
         searched = ", ".join(str(place) for place in places) or "an empty list"
         raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.")
     return found
+
+
+def dicom_series(folder: Path) -> list[tuple[str, ...]]:
+    """The DICOM files of each series of a folder in the order of its slices, the longest series first."""
+    reader, place = sitk.ImageSeriesReader(), str(folder)
+    found = (reader.GetGDCMSeriesFileNames(place, uid, True) for uid in reader.GetGDCMSeriesIDs(place, True))
+    return sorted(found, key=len, reverse=True)
 
 
 def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
@@ -173,7 +212,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"Cannot write {path}: it is a folder.")
-    temporary = path.with_name(f".{uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(f".{uuid4().hex[:8]}-{path.name.lower()}")  # ITK knows small letters alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -321,20 +360,26 @@ def _read_itk(path: Path, frame: int | None) -> Volume:
 
 
 def _read_series(folder: Path) -> Volume:
-    reader = sitk.ImageSeriesReader()
-    ids = reader.GetGDCMSeriesIDs(str(folder), True)
-    series = sorted((reader.GetGDCMSeriesFileNames(str(folder), uid, True) for uid in ids), key=len, reverse=True)
+    series = dicom_series(folder)
     if not series:
         raise ValueError("the folder holds no DICOM image.")
-    reader.SetFileNames(series[0])
-    reader.MetaDataDictionaryArrayUpdateOn()
-    volume = _from_itk(reader.Execute(), reader.GetMetaData(0, "0008|0060"))
+    volume = _read_slices(series[0])
     if others := ", ".join(f"{_series_name(names[0])} ({len(names)})" for names in series[1:]):
         chosen = f"{_series_name(series[0][0])} ({len(series[0])} slices)"
-        volume = _warned(volume, f"Only the longest series {chosen} was read, not {others}.")
-    if len(series[0]) == 1:
-        return _thickened(volume, _opened(series[0][0]))
-    return _placed(volume, _positions(reader, len(series[0])))
+        volume = replace(
+            volume, warnings=(f"Only the longest series {chosen} was read, not {others}.", *volume.warnings)
+        )
+    return volume
+
+
+def _read_slices(files: Sequence[str]) -> Volume:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files)
+    reader.MetaDataDictionaryArrayUpdateOn()
+    volume = _from_itk(reader.Execute(), reader.GetMetaData(0, "0008|0060"))
+    if len(files) == 1:
+        return _thickened(volume, _opened(files[0]))
+    return _placed(volume, _positions(reader, len(files)))
 
 
 def _positions(reader: sitk.ImageSeriesReader, slices: int) -> NDArray[np.float64]:
@@ -357,12 +402,14 @@ def _from_itk(image: sitk.Image, modality: str) -> Volume:
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     known = modality.strip() if modality.strip() in ("CT", "MR") else None
-    return Volume(array, Grid(array.shape, _LPS @ affine), modality=known)
+    return Volume(array, Grid(array.shape, LPS @ affine), modality=known)
 
 
 def _opened(path: Path | str) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    if _suffix(Path(path), _METAIMAGE):
+        reader.SetImageIO("MetaImageIO")  # which ITK finds by small letters alone
     reader.ReadImageInformation()
     return reader
 
@@ -379,7 +426,7 @@ def _series_name(file: str) -> str:
 def _placed(volume: Volume, positions: NDArray[np.float64]) -> Volume:
     """Takes the step between slices from their positions (LPS mm [slice, xyz]), for ITK does not see a tilt."""
     affine = np.array(volume.grid.affine)
-    affine[:3, 2] = _LPS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
+    affine[:3, 2] = LPS[:3, :3] @ (positions[-1] - positions[0]) / (len(positions) - 1)
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     if gaps.min() < _UNEVEN * gaps.max():
         raise ValueError("several slices lie at one place, expected a series of one phase, echo or time.")
@@ -445,7 +492,7 @@ def _present(labels: Volume, structures: Mapping[int, str]) -> dict[int, Structu
 
 
 def _write_seg_nrrd(path: Path, labels: Volume, present: Mapping[int, Structure], source: str) -> None:
-    affine = _LPS @ labels.grid.affine
+    affine = LPS @ labels.grid.affine
     extent = " ".join(f"0 {size - 1}" for size in labels.grid.shape[::-1])
     header: dict[str, Any] = {
         "space": "left-posterior-superior",
@@ -483,7 +530,7 @@ def _segment(value: int, entry: Structure, source: str) -> dict[str, str]:
 
 def _write_itk(path: Path, volume: Volume) -> None:
     image = sitk.GetImageFromArray(volume.array)
-    affine = _LPS @ volume.grid.affine
+    affine = LPS @ volume.grid.affine
     image.SetSpacing(volume.grid.spacing)
     image.SetDirection((affine[:3, :3] / volume.grid.spacing).ravel().tolist())
     image.SetOrigin(affine[:3, 3].tolist())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _LETTERS = (("R", "L"), ("A", "P"), ("S", "I"))  # positive and negative direction of the RAS axes
 _SINGULAR = 1e-6  # determinant of the unit columns; three columns this flat span no volume
 _CLOSE = 0.01  # grids that differ by less than this part of a voxel are the same grid
@@ -154,7 +155,7 @@ def pack_volume(volume: Volume) -> tuple[dict[str, Any], memoryview]:
     return header, array.reshape(-1).view(np.uint8).data
 
 
-def unpack_volume(header: dict[str, Any], data: bytes | bytearray) -> Volume:
+def unpack_volume(header: dict[str, Any], data: bytes | bytearray | memoryview) -> Volume:
     """The volume that `pack_volume` took apart; its array is a view of `data`.
 
     Raises:
@@ -184,6 +185,26 @@ def foreground_box(labels: NDArray[Any]) -> tuple[slice, slice, slice] | None:
     rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
     k, j, i = (slice(int(hits[0]), int(hits[-1]) + 1) for hits in (slices, rows, columns))
     return k, j, i
+
+
+def label_intensities(labels: NDArray[Any], image: NDArray[Any]) -> dict[int, tuple[float, float]]:
+    """Mean and standard deviation of an image, by label; voxels that are no finite number do not count.
+
+    Args:
+        labels: uint8 [k, j, i], 0 is background.
+        image: Of the same shape, any type.
+    """
+    sums = np.zeros((3, 256))  # voxels, values, squares
+    for plane, values in zip(labels, image, strict=True):
+        inside = (plane > 0) & np.isfinite(values)
+        found, chosen = plane[inside], values[inside].astype(np.float64)
+        for row, weights in zip(sums, (None, chosen, chosen**2), strict=True):
+            row += np.bincount(found, weights, 256)
+    count, total, squares = sums[:, sums[0] > 0]
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    present = np.flatnonzero(sums[0]).tolist()
+    return {label: (float(m), float(d)) for label, m, d in zip(present, mean, deviation, strict=True)}
 
 
 class _Move(NamedTuple):

@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from queue import Empty, SimpleQueue
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 from .spec import ModelSpec
 
 T = TypeVar("T")
-PROTOCOL = 1
+PROTOCOL = 2
 GREETING = "m4oe"  # first key of the worker's first line
 _LONGEST_LINE = 64 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -52,6 +52,9 @@ class Report:
         peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
         volumes_ml: Volume of each structure that was found.
         warnings: Sentences for the user.
+        confidence: Mean probability, in [0, 1], that the network gave each structure where its own grid shows it.
+        intensities: Mean and standard deviation of the volume's values in each structure.
+        flags: What to check, by structure: "implausible" volume, "cut" by the field of view, "low confidence".
     """
 
     model: str
@@ -64,6 +67,9 @@ class Report:
     peak_memory_mib: dict[str, float]
     volumes_ml: dict[str, float]
     warnings: tuple[str, ...]
+    confidence: dict[str, float] = field(default_factory=dict)
+    intensities: dict[str, tuple[float, float]] = field(default_factory=dict)
+    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The report as indented JSON."""
@@ -73,6 +79,8 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote."""
         values = json.loads(text)
+        for name in ("intensities", "flags"):
+            values[name] = {key: tuple(items) for key, items in values.get(name, {}).items()}
         return cls(**{**values, "warnings": tuple(values["warnings"])})
 
 
@@ -174,8 +182,9 @@ class Job(Generic[T]):
         self._events.put(Event(phase, fraction))
 
     def finish(self, message: dict[str, Any], data: bytearray) -> None:
-        """For the connection: the answer."""
-        self._future.set_result(self._read(message, data))
+        """For the connection: the answer, of no account where the job is done."""
+        with suppress(InvalidStateError):
+            self._future.set_result(self._read(message, data))
         self._events.put(None)
 
     def fail(self, error: Exception) -> None:

@@ -19,14 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import read_volume
-from .geometry import Grid, Volume
+from .geometry import LPS, Grid, Volume
 from .labels import catalogue
 from .names import BACKGROUND, key_of, named_rows
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 _HIGHEST = 65535  # label value
 _WHOLE = 1e-3  # how far a label value stored as a float may lie from a whole number
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 
 
 class _Segment(NamedTuple):
@@ -240,5 +239,5 @@ def _merged(path: Path, segments: Mapping[int, _Segment]) -> Volume:
         labels[inside] = number
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = header["space directions"][-3:].T, header["space origin"]
-    to_ras = _LPS if header["space"].lower() in ("left-posterior-superior", "lps") else np.eye(4)
+    to_ras = LPS if header["space"].lower() in ("left-posterior-superior", "lps") else np.eye(4)
     return Volume(labels, Grid(labels.shape, to_ras @ affine), name=file_stem(path))

@@ -104,6 +104,23 @@ def check_segmentation_node(
         )
 
 
+def percent_to_node(volume: Volume, volumeNode: vtkMRMLScalarVolumeNode) -> vtkMRMLScalarVolumeNode:
+    """A new volume node with percents, such as an uncertainty, beside the volume that they belong to.
+
+    Args:
+        volume: Values from 0 to 100 on the grid of the volume node; its name becomes the node's.
+    """
+    import slicer.util
+
+    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name=volume.name)
+    node.SetAndObserveTransformNodeID(volumeNode.GetTransformNodeID())
+    node.CreateDefaultDisplayNodes()
+    node.GetDisplayNode().SetAutoWindowLevel(False)
+    node.GetDisplayNode().SetWindowLevel(100, 50)
+    _place_beside(node, volumeNode)
+    return node
+
+
 def _check_volume(node: Any) -> None:
     if node is None or node.GetClassName() != "vtkMRMLScalarVolumeNode":
         raise ValueError(
@@ -189,11 +206,11 @@ def _replace_segments(segmentation: vtkSegmentation, keys: Collection[str], segm
         segmentation.AddSegment(segment, key)
 
 
-def _place_beside(segmentationNode: vtkMRMLSegmentationNode, volumeNode: vtkMRMLScalarVolumeNode) -> None:
-    """Moves the segmentation to the volume's study or folder, unless it has a place of its own."""
+def _place_beside(resultNode: vtkMRMLNode, volumeNode: vtkMRMLScalarVolumeNode) -> None:
+    """Moves the result to the volume's study or folder, unless it has a place of its own."""
     import slicer
 
-    tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(segmentationNode.GetScene())
-    volume, segmentation = (tree.GetItemByDataNode(node) for node in (volumeNode, segmentationNode))
-    if volume and segmentation and tree.GetItemParent(segmentation) == tree.GetSceneItemID():
-        tree.SetItemParent(segmentation, tree.GetItemParent(volume))
+    tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(resultNode.GetScene())
+    volume, result = (tree.GetItemByDataNode(node) for node in (volumeNode, resultNode))
+    if volume and result and tree.GetItemParent(result) == tree.GetSceneItemID():
+        tree.SetItemParent(result, tree.GetItemParent(volume))

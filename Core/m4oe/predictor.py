@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,19 +16,22 @@ import psutil
 import torch
 
 from .cleanup import remove_islands
-from .geometry import Grid, Volume
+from .geometry import Grid, Volume, label_intensities
 from .jobs import Cancelled, Report
 from .labels import Structure, structure
 from .network.moe import keep_top_k
+from .network.swin import SwinBlock
 from .network.unet import MoESwinUNet
 from .package import load_model
-from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, LabelPainter, modality_evidence
+from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, FieldPainter, LabelPainter, modality_evidence
 from .spec import DEFAULT_MODEL, find_model
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+QUALITIES = {"standard": 1.0, "fast": 2.0}  # times the slice spacing
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.6
+_CONFIDENT = 0.6  # mean probability of a structure below which the user is warned
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Predictor:
         structures: Sequence[str] | None = None,
         progress: Callable[[str, float], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        quality: str = "standard",
+        uncertainty: np.ndarray | None = None,
     ) -> tuple[Volume, Report]:
         """Segments a volume.
 
@@ -116,44 +121,55 @@ class Predictor:
             expert: "auto" lets the gate decide once for the whole volume; a name overrules it.
             structures: Keys of the structures to keep; None keeps all.
             progress: Called between slabs with the phase and the fraction done in [0, 1].
-            cancelled: Asked between slabs; True stops.
+            cancelled: Asked between layers of the network; True stops.
+            quality: "fast" looks at half as many slices, at half the time.
+            uncertainty: uint8 of the volume's shape; receives percents, 0 where the network is sure and 100
+                where all classes are as likely (the entropy of their probabilities).
 
         Returns:
             Labels (unsigned; `spec.label_keys` tells which is which) on the volume's own grid, and a report.
 
         Raises:
-            ValueError: The expert or a structure is unknown to the model, or its gate lets no expert be chosen.
+            ValueError: The expert or a structure is unknown to the model, or its gate lets no expert be chosen; or
+                the quality is unknown.
             Cancelled: `cancelled` said so.
         """
         keep = self.spec.labels_of(structures) if structures is not None else list(self.spec.label_keys)
         forced = None if expert == "auto" else self.spec.expert_index(expert)
+        if quality not in QUALITIES:
+            raise ValueError(f"quality {quality!r} is unknown; expected one of {', '.join(QUALITIES)}")
         phases = _Phases(self.device)
         progress = progress or (lambda phase, fraction: None)
         progress("prepare", 0.0)
-        with phases.watched():
+        with phases.watched(), ExitStack() as stack:
+            stack.enter_context(_stoppable(self.network, cancelled))
             with phases("prepare"):
                 evidence = modality_evidence(volume)
-                canonical = self._canonical(volume, evidence, forced)
+                canonical = self._canonical(volume, evidence, forced, QUALITIES[quality])
             with phases("route"):
                 route = self._route(canonical, evidence, forced)
+                canonical = self._canonical_of_chosen(canonical, volume, evidence, route, QUALITIES[quality])
                 network, classes = self._select(route.weights, forced)
             found = np.zeros(volume.array.shape, np.uint8)
             labels = Volume(found, volume.grid).to_axes(CANONICAL_AXES).array
-            for fraction in self._paint(network, canonical, labels, phases):
+            probabilities = _Probabilities(canonical, volume.grid, len(classes), uncertainty)
+            for fraction in self._paint(network, canonical, labels, phases, probabilities):
                 progress("segment", fraction)
-                if cancelled is not None and cancelled():
-                    raise Cancelled("segmentation was cancelled; nothing was written")
+                _stop_if(cancelled)
             with phases("cleanup"):
                 counts = self._clean(labels, classes, keep, volume.grid.voxel_ml)
+                intensities = label_intensities(found, volume.array)
         volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
-        warnings = (*volume.warnings, *route.doubts, *_volume_warnings(volumes, cut, volume.grid))
-        return Volume(found, volume.grid, volume.name), self._report(phases, route, volumes, warnings)
-
-    def _report(
-        self, phases: _Phases, route: _Route, volumes_ml: dict[str, float], warnings: tuple[str, ...]
-    ) -> Report:
-        return Report(
+        sure = {self.spec.label_keys.get(classes[number]): value for number, value in probabilities.by_class().items()}
+        confidence = {key: sure[key] for key in volumes if key in sure}
+        warnings = (
+            *volume.warnings,
+            *route.doubts,
+            *_volume_warnings(volumes, cut, volume.grid),
+            *_confidence_warnings(confidence),
+        )
+        report = Report(
             model=f"{self.spec.name} {self.spec.version}",
             device=str(self.device),
             precision=str(self.precision).removeprefix("torch."),
@@ -162,15 +178,31 @@ class Predictor:
             chosen_by=route.chosen_by,
             seconds=dict(phases.seconds),
             peak_memory_mib=dict(phases.memory),
-            volumes_ml=volumes_ml,
+            volumes_ml=volumes,
             warnings=warnings,
+            confidence=confidence,
+            intensities={self.spec.label_keys[label]: pair for label, pair in intensities.items()},
+            flags=_flags(volumes, cut, confidence),
         )
+        return Volume(found, volume.grid, volume.name), report
 
-    def _canonical(self, volume: Volume, evidence: Evidence, forced: int | None) -> CanonicalVolume:
+    def _canonical(
+        self, volume: Volume, evidence: Evidence, forced: int | None, coarser: float = 1.0
+    ) -> CanonicalVolume:
         """The volume under the intensity rule of the forced expert, or else of what the volume seems to be."""
         modality = self.spec.experts[forced].modality if forced is not None else evidence.modality
         rule = self.spec.intensity.get(modality) or next(iter(self.spec.intensity.values()))
-        return CanonicalVolume(volume, self.spec.pixel_mm, self.spec.slice_mm, rule, evidence.offset, self.device)
+        slice_mm = max(self.spec.slice_mm, volume.to_axes(CANONICAL_AXES).grid.spacing[2]) * coarser
+        return CanonicalVolume(volume, self.spec.pixel_mm, slice_mm, rule, evidence.offset, self.device)
+
+    def _canonical_of_chosen(
+        self, canonical: CanonicalVolume, volume: Volume, evidence: Evidence, route: _Route, coarser: float
+    ) -> CanonicalVolume:
+        """The volume as the expert learned it, where the gate chose one of another modality than it was asked with."""
+        chosen = int(np.argmax(route.weights))
+        if not route.gate or self.spec.experts[chosen].modality == evidence.modality:
+            return canonical
+        return self._canonical(volume, evidence, chosen, coarser)
 
     def _route(self, canonical: CanonicalVolume, evidence: Evidence, forced: int | None) -> _Route:
         """Expert weights for the whole volume, and what the user should know about the choice.
@@ -226,7 +258,12 @@ class Predictor:
         return self.network.select_experts(weights).with_classes(classes), classes
 
     def _paint(
-        self, network: MoESwinUNet, canonical: CanonicalVolume, labels: np.ndarray, phases: _Phases
+        self,
+        network: MoESwinUNet,
+        canonical: CanonicalVolume,
+        labels: np.ndarray,
+        phases: _Phases,
+        probabilities: _Probabilities,
     ) -> Iterator[float]:
         """Fills `labels` slab by slab; yields the fraction done before each slab and at the end."""
         count, batch = canonical.shape[0], _BATCH[self.device.type]
@@ -240,6 +277,7 @@ class Predictor:
                 scores = _scores(network, stacks)
             with phases("upsample"):
                 painter.add(scores)
+                probabilities.add(scores)
         yield 1.0
 
     def _clean(self, labels: np.ndarray, classes: list[int], keep: list[int], voxel_ml: float) -> dict[int, int]:
@@ -248,6 +286,48 @@ class Predictor:
         if values != list(range(len(values))):
             labels[...] = np.array(values, labels.dtype)[labels]
         return remove_islands(labels, self.spec.label_keys, voxel_ml)
+
+
+class _Probabilities:
+    """What the network thinks of its own result: a mean probability per class, and a map where it is wanted."""
+
+    def __init__(self, canonical: CanonicalVolume, grid: Grid, classes: int, uncertainty: np.ndarray | None) -> None:
+        exact = torch.float32 if canonical.device.type == "mps" else torch.float64  # MPS has no other
+        self._sums_2K = torch.zeros(2, classes, dtype=exact, device=canonical.device)  # voxels, their probabilities
+        self._painter = None
+        if uncertainty is not None:
+            array = Volume(uncertainty, grid).to_axes(CANONICAL_AXES).array
+            self._painter = FieldPainter(canonical.source.grid.shape, canonical.shape, array)
+
+    def add(self, scores_ZHWK: torch.Tensor) -> None:
+        """Takes the scores of the next canonical slices."""
+        p_ZHWK = scores_ZHWK.softmax(-1)
+        best = p_ZHWK.max(-1)
+        for row, values in zip(self._sums_2K, (torch.ones_like(best.values), best.values), strict=True):
+            row.index_add_(0, best.indices.flatten(), values.flatten().to(row.dtype))
+        if self._painter is not None:
+            entropy_ZHW = torch.special.entr(p_ZHWK).sum(-1) / math.log(p_ZHWK.shape[-1])
+            self._painter.add(entropy_ZHW[..., None].clamp(0, 1) * 100)
+
+    def by_class(self) -> dict[int, float]:
+        """Mean probability of each class where it was the best; of none that was so nowhere on the canonical grid."""
+        return {number: total / count for number, (count, total) in enumerate(self._sums_2K.T.tolist()) if count}
+
+
+@contextmanager
+def _stoppable(network: MoESwinUNet, cancelled: Callable[[], bool] | None) -> Iterator[None]:
+    """Asks `cancelled` before every block of the network and of its copies, as a whole slab may take seconds."""
+    with ExitStack() as hooks:
+        for block in network.modules() if cancelled is not None else ():
+            if isinstance(block, SwinBlock):
+                hook = block.register_forward_pre_hook(lambda *call: _stop_if(cancelled))
+                hooks.callback(hook.remove)
+        yield
+
+
+def _stop_if(cancelled: Callable[[], bool] | None) -> None:
+    if cancelled is not None and cancelled():
+        raise Cancelled("segmentation was cancelled; nothing was written")
 
 
 def available_devices() -> list[str]:
@@ -331,6 +411,21 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -
     if names := [found[key].name for key in cut if key in found]:
         warnings.append(f"at the edge of the field of view, so cut or not there at all: {', '.join(names)}")
     return warnings
+
+
+def _flags(volumes_ml: dict[str, float], cut: list[str], confidence: dict[str, float]) -> dict[str, tuple[str, ...]]:
+    checks = {
+        "implausible": lambda key: not _is_plausible(structure(key), volumes_ml[key], key in cut),
+        "cut": lambda key: key in cut,
+        "low confidence": lambda key: confidence.get(key, 1.0) < _CONFIDENT,
+    }
+    flags = {key: tuple(flag for flag, applies in checks.items() if applies(key)) for key in volumes_ml}
+    return {key: words for key, words in flags.items() if words}
+
+
+def _confidence_warnings(confidence: dict[str, float]) -> list[str]:
+    unsure = [f"{structure(key).name} ({value:.0%})" for key, value in confidence.items() if value < _CONFIDENT]
+    return [f"low confidence: {', '.join(unsure)}"] if unsure else []
 
 
 def _is_plausible(item: Structure, found_ml: float, cut: bool) -> bool:

@@ -6,7 +6,7 @@ OpenGL is not involved: the picture needs no display, no graphics library, and c
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ _LONGEST = 160  # voxels along the longest side of what surfaces are made from
 _THICK = 1.6  # times as long as wide: voxels between which shapes are interpolated
 _PAD = 3  # voxels around a structure, so that smoothing does not cut it
 _SAMPLES = 2  # per pixel and axis of the surfaces, for smooth edges
+_TILE, _HEAD = 300, 36  # pixels of a slice that is compared, and above it
 _GLASS = 0.62  # opacity of a structure that holds another one
 _TILT = np.deg2rad(14)  # of the viewer above the front
 # LPS to right of the picture, down, towards the viewer
@@ -97,6 +98,44 @@ def write_preview(
         grey, values = (np.take(item.array, index, axis) for item in (volume, labels))
         grey = np.nan_to_num((grey.astype(np.float32) - low) / (high - low), nan=0, posinf=1, neginf=0).clip(0, 1)
         _draw_slice(panel, axis, grey, values, np.delete(volume.grid.spacing[::-1], axis), found)
+    with atomic_write(path) as temporary:
+        write_png(temporary, picture)
+
+
+class Comparison(NamedTuple):
+    """A case to compare: its volume, the true labels and those that were predicted, on one grid."""
+
+    name: str
+    volume: Volume
+    truth: Volume
+    predicted: Volume
+
+
+def write_comparison(path: str | os.PathLike[str], cases: Sequence[Comparison], structures: Mapping[int, str]) -> None:
+    """Writes a PNG with a row for each case: the slice where the truth has most, its truth, and what was predicted.
+
+    Args:
+        structures: Label value to structure key.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    items = _told_apart(structures)
+    picture = np.full((len(cases) * (_TILE + _HEAD) + _GAP, 3 * (_TILE + _GAP) + _GAP, 3), _PAGE, np.float32)
+    for number, case in enumerate(cases):
+        volume, truth, predicted = (item.to_axes("LPS") for item in case[1:])
+        low, high = _window(volume)
+        index = int((truth.array > 0).sum(axis=(1, 2)).argmax())
+        grey = np.nan_to_num((volume.array[index].astype(np.float32) - low) / (high - low), posinf=1, neginf=0)
+        top = number * (_TILE + _HEAD) + _HEAD
+        none = np.zeros_like(truth.array[index])
+        shown = ((case.name, none), ("Truth", truth.array[index]), ("Prediction", predicted.array[index]))
+        for column, (title, values) in enumerate(shown):
+            left = _GAP + column * (_TILE + _GAP)
+            draw_text(picture, top - _HEAD // 2, left, title, 17, bold=column > 0, room=_TILE)
+            panel = picture[top : top + _TILE, left : left + _TILE]
+            panel[:] = 0
+            _draw_slice(panel, 0, grey.clip(0, 1), values, np.array(volume.grid.spacing[1::-1]), items)
     with atomic_write(path) as temporary:
         write_png(temporary, picture)
 

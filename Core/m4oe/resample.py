@@ -181,7 +181,19 @@ class LabelPainter:
         below = position_Z.floor().long()
         above = (below + 1).clamp(max=len(known_ZHWK) - 1)
         share = (position_Z - below).to(known_ZHWK)[:, None, None, None]
-        return upsampled_argmax(known_ZHWK[below].lerp(known_ZHWK[above], share), self.rows, self.columns)
+        return self._in_plane(known_ZHWK[below].lerp(known_ZHWK[above], share))
+
+    def _in_plane(self, scores_ZHWK: Tensor) -> Tensor:
+        return upsampled_argmax(scores_ZHWK, self.rows, self.columns)
+
+
+class FieldPainter(LabelPainter):
+    """Brings one number per voxel, in [0, 255] and with K = 1, to the volume's grid by linear interpolation."""
+
+    def _in_plane(self, scores_ZHWK: Tensor) -> Tensor:
+        size = (len(self.rows), len(self.columns))
+        field_ZJI = F.interpolate(scores_ZHWK.permute(0, 3, 1, 2), size, mode="bilinear")[:, 0]
+        return field_ZJI.round().to(torch.uint8)
 
 
 def upsampled_argmax(scores_ZHWK: Tensor, rows_J: Tensor, columns_I: Tensor) -> Tensor:

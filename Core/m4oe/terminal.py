@@ -10,10 +10,17 @@ from tempfile import TemporaryFile
 
 from .spec import ModelSpec
 
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
+
 
 def count(number: int, noun: str) -> str:
     """Such as "1 case" or "2 cases"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def keys(text: str) -> list[str]:
+    """The parts of a list with commas."""
+    return [key.strip() for key in text.split(",")]
 
 
 def one_line(error: object) -> str:

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data_commands import add_sources, plan_folders
+from .jobs import Cancelled
 from .spec import DEFAULT_MODEL, find_model, read_spec
-from .terminal import prepare_folder, say, score_table
+from .terminal import one_line, prepare_folder, say, score_table
+from .training_run import EVENTS
 
 if TYPE_CHECKING:
     from .network.unet import MoESwinUNet
@@ -55,6 +58,7 @@ def add_train_command(commands: Any) -> None:
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     train.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     train.add_argument("--json", action="store_true", help="print events as JSON, one per line")
+    train.add_argument("--estimate", action="store_true", help="train nothing, but measure what it will take, as JSON")
     train.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     train.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder of the run")
     train.set_defaults(run=_train)
@@ -62,6 +66,7 @@ def add_train_command(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from .train_report import write_report
+    from .training.estimate import estimate
     from .training.loop import train
     from .training.ranks import joined_ranks, local_device
     from .training.score import score_model
@@ -70,15 +75,31 @@ def _train(options: argparse.Namespace) -> int:
     prepare_folder(options.output)
     device = local_device() if options.device == "auto" else options.device
     with joined_ranks() as ranks, _listener(options) as emit:
-        job = _phantom_job(options, emit) if options.phantoms else _plan_job(options, ranks, emit)
+        logged = partial(_log, options.output, emit) if ranks.rank == 0 and not options.estimate else emit
+        job = _phantom_job(options, logged) if options.phantoms else _plan_job(options, ranks, logged)
+        if options.estimate:
+            print(json.dumps(estimate(job.config, job.data, device, job.start)))
+            return 0
         if job.data.atlases and ranks.rank == 0:
             _write_synthesis(options.output / "synthesis.png", job, emit)
-        model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
+        try:
+            model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
+        except Cancelled as pause:
+            say(one_line(pause))
+            return 0
         if ranks.rank == 0:
-            results = score_model(model, job.held_back, emit, device)
+            results = score_model(model, job.held_back, logged, device)
             report = write_report(options.output, results, job.held_back, device)
+            logged({"event": "finished", "model": str(model), "report": str(report)})
             print(f"\n{score_table(read_spec(model))}\n\nmodel: {model}\nreport: {report}")
     return 0
+
+
+def _log(folder: Path, emit: Emit, event: Mapping[str, Any]) -> None:
+    """Tells of an event that is not of the loop, which writes its own into the same file."""
+    with (folder / EVENTS).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(event) + "\n")
+    emit(event)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -103,6 +124,7 @@ def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
 
     config = _with_options(QUICK if options.quick else DEMO, options)
     count, unseen = (8, 2) if options.quick else (60, 5)
+    count = 1 if options.estimate else count
     data = phantom_data(config, count, emit)
     return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data))
 
@@ -244,6 +266,8 @@ def _line(event: Mapping[str, Any]) -> str:
             return f"synthetic images: {event['picture']}"
         case "memory":
             return f"memory is short: batches are computed in {event['parts']} parts"
+        case "paused":
+            return f"paused at {event['stage']} {event['step']}"
         case "early stop":
             return f"{event['stage']} {event['step']}: validation has nothing more to gain, the stage ends"
     return ""

@@ -71,11 +71,14 @@ def write_report(
 
 
 def read_events(path: Path) -> list[Event]:
-    """A run's events; of steps that were taken again after a stop the last counts."""
+    """A run's events; of steps that were taken again after a stop the last counts, and a line that was cut does not."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found: dict[object, Event] = {}
     for place, line in enumerate(lines):
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
         found[(event["event"], event["overall"]) if "overall" in event else place] = event
     return sorted(found.values(), key=lambda event: event.get("overall", 0))
 

@@ -116,6 +116,8 @@ class _Worker:
         _free_unused_memory()
 
     def _segment(self, request: Mapping[str, Any], data: bytearray) -> _Answer:
+        import numpy as np
+
         from .geometry import pack_volume, unpack_volume
 
         def progress(phase: str, fraction: float) -> None:
@@ -132,8 +134,14 @@ class _Worker:
             spec.expert_index(expert)
         spec.labels_of(structures or ())
         predictor = self._predictor(path, request["device"], request["precision"], progress)
-        labels, report = predictor(unpack_volume(request["volume"], data), expert, structures, progress, cancelled)
+        volume = unpack_volume(request["volume"], data)
+        uncertainty = np.zeros(volume.array.shape, np.uint8) if request["uncertainty"] else None
+        labels, report = predictor(
+            volume, expert, structures, progress, cancelled, quality=request["quality"], uncertainty=uncertainty
+        )
         header, voxels = pack_volume(labels)
+        if uncertainty is not None:
+            voxels = np.concatenate((voxels, uncertainty.reshape(-1))).data
         return {"volume": header, "report": report.to_json()}, voxels
 
     def _predictor(self, path: Path, device: str, precision: str, progress: Callable[[str, float], None]) -> Predictor:

@@ -4,12 +4,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from m4oe import package
 from m4oe.files import read_volume
 from m4oe.geometry import Grid, Volume
 from m4oe.resample import CanonicalVolume
@@ -173,15 +175,15 @@ def test_another_spec_has_entries_of_its_own(tmp_path: Path, other: ModelSpec) -
 
 
 def test_what_leaves_the_voxels_as_they_are_leaves_the_cache(tmp_path: Path) -> None:
-    """A new modality appends an expert and structures; a model gets another name, a case another weight."""
+    """A new modality appends an expert and structures; a model gets another name."""
     load = Loader()
     built(tmp_path, a_source(load))
     experts = (ExpertSpec("mr", "MR"), ExpertSpec("x", "CT"), ExpertSpec("ct", "CT"))
     grown = replace(SPEC, name="grown", structures=(*SPEC.structures, "aorta"), experts=experts, network=NetworkSpec(3))
-    source = replace(a_source(load), expert=2, weight=3.0)
+    source = replace(a_source(load), expert=2)
     (case,) = built(tmp_path, source, spec=grown)
     assert load.calls == 1
-    assert (case.expert, case.weight) == (2, 3.0)
+    assert case.expert == 2
     assert case.annotated_K.tolist() == [True, True, True, False]
 
 
@@ -301,18 +303,18 @@ def test_a_run_of_lost_pages_is_noticed_wherever_it_is() -> None:
 def test_a_build_that_was_stopped_leaves_no_entry_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [Loader(n) for n in range(3)]
     sources = [a_source(load, name=str(n)) for n, load in enumerate(loads)]
-    original = cache.save_file
+    original = package.save_file
 
     def interrupted(arrays: object, path: Path, about: dict[str, str]) -> None:
         original(arrays, path, about)
         if about["name"] == "1":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "save_file", interrupted)
+    monkeypatch.setattr(package, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_cache(sources, SPEC, tmp_path, 1)
     assert len(entries(tmp_path)) == 1 and not list(tmp_path.glob(".*"))
-    monkeypatch.setattr(cache, "save_file", original)
+    monkeypatch.setattr(package, "save_file", original)
     built(tmp_path, *sources)
     assert [load.calls for load in loads] == [1, 2, 1]
 
@@ -331,6 +333,14 @@ def test_bad_cases_are_told_and_the_others_made(tmp_path: Path) -> None:
     assert failures[0] == Failure("b", "the image is damaged")
     assert "none.nii" in failures[1].reason and "the label map holds 2" in failures[2].reason
     assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_a_full_disk_fails_the_case_alone(
+    tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with full_disk():
+        cases, ((name, reason),) = build_cache([a_source()], SPEC, tmp_path, 1)
+    assert cases == [] and name == "case" and "make room" in reason and not entries(tmp_path)
 
 
 # Processes

@@ -125,6 +125,17 @@ def test_structures_presets_and_tolerances_are_chosen(evaluate: Command, tmp_pat
     assert summary(tmp_path)["preset"] == "flare" and "FLARE22 rules" in report(tmp_path)
 
 
+def test_where_no_truth_lists_tumours_they_count_as_the_organ(evaluate: Command, tmp_path: Path) -> None:
+    found, keys = organs(), {1: "liver", 2: "spleen", 4: "liver_tumor"}
+    found[2:4, 2:4, 2:4] = 4
+    for name, array in (("pred", found), ("truth", organs()), ("other", found)):
+        write_segmentation(tmp_path / f"{name}.seg.nrrd", Volume(array, GRID), keys, "test")
+    assert evaluate("pred.seg.nrrd", "truth.seg.nrrd") == 0
+    assert [(row["structure"], row["dice"]) for row in rows(tmp_path)] == [("liver", "1"), ("spleen", "1")]
+    assert evaluate("pred.seg.nrrd", "other.seg.nrrd", "--structures", "liver") == 0  # which lists them
+    assert [row["dice"] for row in rows(tmp_path)] == ["1"]
+
+
 def test_a_structure_that_one_truth_lists_is_scored_in_all(
     evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,7 +144,7 @@ def test_a_structure_that_one_truth_lists_is_scored_in_all(
     named(tmp_path / "truth" / "a.seg.nrrd", organs())
     named(tmp_path / "pred" / "a.seg.nrrd", gallstone)
     assert evaluate("pred", "truth", "--jobs", 1) == 0
-    assert "predicted, but not scored as no truth lists it: gallbladder" in capsys.readouterr().err
+    assert "predicted, but not scored by itself as no truth lists it: gallbladder" in capsys.readouterr().err
     assert [row["structure"] for row in rows(tmp_path)] == ["liver", "spleen"]
     named(tmp_path / "truth" / "b.seg.nrrd", gallstone)
     named(tmp_path / "pred" / "b.seg.nrrd", organs())

@@ -8,7 +8,7 @@ import pytest
 import surface_distance as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.evaluation import DEFAULT_RULES, Rules, Score, compare, dice_scores, evaluate_case, summarise
+from m4oe.evaluation import DEFAULT_RULES, Rules, Score, as_annotated, compare, dice_scores, evaluate_case, summarise
 from m4oe.files import read_volume
 from m4oe.geometry import Grid, Volume
 from numpy.typing import NDArray
@@ -48,6 +48,16 @@ def the_score(predicted: Array, truth: Array, key: str = "liver", rules: Rules =
 
 def a_score(case: str, dice: float, structure: str = "liver", hd95: float | None = 1.0) -> Score:
     return Score(case, structure, "both", True, dice, dice, hd95, 2.0, 10.0, 10.0, 0.0, 0.0)
+
+
+def test_a_part_that_nobody_annotated_counts_as_its_whole() -> None:
+    found = as_annotated({1: "liver", 2: "aorta", 3: "liver_tumor"}, {"liver"})
+    assert found == {1: "liver", 2: "aorta", 3: "liver"}
+    assert as_annotated(KEYS, KEYS.values()) == KEYS
+    truth = a_box(1, (2, 9), (2, 9), (2, 9))
+    predicted = a_box(3, (4, 6), (4, 6), (4, 6), onto=truth.copy())
+    (score,) = evaluate_case(a_volume(predicted), a_volume(truth), KEYS, found, ["liver"])
+    assert (score.dice, score.nsd, score.hd95_mm, score.volume_error_ml) == (1, 1, 0, 0)
 
 
 # ---- Dice alone

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("M4oESegmentation",)
+MODULES = (
+    "M4oESegmentation",
+    "M4oETraining",
+)
+COMMANDS = ("M4oESegmentCLI",)  # scripted CLI modules: a script and its XML, found by name
 NOT_INSTALLED = {"__pycache__", "CMakeLists.txt", "m4oe.egg-info"}
 
 
@@ -48,13 +52,19 @@ def test_every_file_is_installed_and_every_installed_file_exists(folder: str) ->
     assert sorted(listed_files(folder)) == sorted(files_on_disk(folder))
 
 
-@pytest.mark.parametrize("folder", ["Core", *MODULES, "Testing"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_its_script_and_its_description(name: str) -> None:
+    assert sorted(files_on_disk(name)) == [f"{name}.py", f"{name}.xml"]
+    assert f"set(MODULE_NAME {name})" in cmake_text(name) and "SlicerMacroBuildScriptedCLI(" in cmake_text(name)
+
+
+@pytest.mark.parametrize("folder", ["Core", *MODULES, *COMMANDS, "Testing"])
 def test_every_folder_is_part_of_the_build(folder: str) -> None:
     assert f"add_subdirectory({folder})" in cmake_text()
 
 
 def test_modules_are_all_that_slicer_would_find() -> None:
-    assert sorted(path.parent.name for path in ROOT.glob("M4oE*/M4oE*.py")) == sorted(MODULES)
+    assert sorted(path.parent.name for path in ROOT.glob("M4oE*/M4oE*.py")) == sorted((*MODULES, *COMMANDS))
 
 
 def test_name_is_the_same_everywhere() -> None:

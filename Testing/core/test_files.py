@@ -613,6 +613,14 @@ def test_written_image_comes_back_on_its_grid(tmp_path: Path, suffix: str) -> No
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["A.NII.GZ", "A.Nii", "A.NRRD", "A.MHA"])
+def test_suffix_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    volume = Volume(ARRAY, Grid(ARRAY.shape, np.diag([-1.0, -1.0, 3.0, 1.0])))
+    write_volume(tmp_path / name, volume)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert np.array_equal(read_volume(tmp_path / name).array, ARRAY)
+
+
 def test_image_is_not_written_as_a_segmentation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.tif: expected a name that ends in \.nii\.gz \.nii \.nrrd \.mha\."):
         write_volume(tmp_path / "a.tif", as_read(ARRAY))

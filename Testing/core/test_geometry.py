@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.geometry import Grid, Volume, foreground_box, nearest_rotation
+from m4oe.geometry import Grid, Volume, foreground_box, label_intensities, nearest_rotation
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -194,3 +194,20 @@ def test_the_foreground_box_is_the_one_scipy_finds(
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 5), (1, 9, 1)])
 def test_without_foreground_there_is_no_box(shape: tuple[int, int, int]) -> None:
     assert foreground_box(np.zeros(shape, np.uint8)) is None
+
+
+def test_label_intensities_agree_with_scipy() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, (5, 6, 7)).astype(np.uint8)
+    image = rng.normal(50, 20, labels.shape).astype(np.float32)
+    found = label_intensities(labels, image)
+    for label in (1, 2, 3):
+        expected = ndimage.mean(image, labels, label), ndimage.standard_deviation(image, labels, label)
+        np.testing.assert_allclose(found[label], expected, rtol=1e-5)
+    assert set(found) == {1, 2, 3}
+
+
+def test_label_intensities_leave_out_what_is_no_number() -> None:
+    labels = np.array([[[1, 1, 1, 2, 0]]], np.uint8)
+    image = np.array([[[3.0, 5.0, np.nan, np.inf, 9.0]]])
+    assert label_intensities(labels, image) == {1: (4.0, 1.0)}

@@ -12,11 +12,19 @@ import pytest
 
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
-    ("__init__", "labels", "names", "spec", "jobs", "parallel"),
-    ("geometry", "nifti", "metaimage", "files", "labelmap", "nodes", "page"),
+    ("__init__", "labels", "names", "spec", "jobs", "parallel", "training_run", "install"),
+    ("geometry", "nifti", "metaimage", "files", "dicom", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
-    ("surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
-    ("raster", "preview", "terminal", "data_commands", "train_report", "train_command"),
+    ("raster", "preview", "surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
+    (
+        "terminal",
+        "doctor",
+        "bundle",
+        "data_commands",
+        "segment_command",
+        "train_report",
+        "train_command",
+    ),
     ("worker", "connection", "client", "__main__"),
 )
 HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")

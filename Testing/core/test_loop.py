@@ -7,29 +7,37 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from m4oe import package
 from m4oe.geometry import Grid, Volume
+from m4oe.jobs import Cancelled
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import load_model
 from m4oe.predictor import Predictor
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.train_report import read_events
 from m4oe.training import loop as module
-from m4oe.training import stages
+from m4oe.training import score, stages
 from m4oe.training.augment import Augmenter
 from m4oe.training.cache import CaseSource
-from m4oe.training.checkpoint import load_checkpoint
+from m4oe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from m4oe.training.config import Stage, TrainConfig
-from m4oe.training.data import Sampler, make_case
+from m4oe.training.data import Batch, Sampler, make_case
 from m4oe.training.loop import TrainingData, train
+from m4oe.training.ranks import Ranks, joined_ranks, local_device
 from m4oe.training.stages import learning_rate, trained_groups
+from m4oe.training_run import PAUSE
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -129,6 +137,16 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stage: 
     assert_same_model(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_the_time_of_a_stage_goes_on_where_it_was(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(CONFIG, some_data(), tmp_path, stop_at("dense", 4), device="cpu")
+    path = tmp_path / "checkpoint.safetensors"
+    progress, tensors = load_checkpoint(path)
+    save_checkpoint(path, replace(progress, seconds=1000.0), tensors)
+    seconds = {(event["stage"], event["step"]): event["seconds"] for event in run(tmp_path) if event["event"] == "step"}
+    assert seconds["dense", 6] > 1000 > seconds["experts", 2]
+
+
 KILLED = """
 import sys, pathlib
 sys.path.insert(0, {tests!r})
@@ -138,6 +156,22 @@ def slowly(event):
 test_loop.torch.set_num_threads(1)
 test_loop.train(test_loop.CONFIG, test_loop.some_data(), pathlib.Path({folder!r}), slowly, device="cpu")
 """
+
+
+def test_a_run_that_was_paused_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    folder = tmp_path / "paused"
+
+    def ask(event: Any) -> None:
+        if (event["event"], event.get("stage"), event.get("step")) == ("step", "experts", 4):
+            (folder / PAUSE).touch()
+
+    with pytest.raises(Cancelled, match="paused at step 4 of stage experts"):
+        train(CONFIG, some_data(), folder, ask, device="cpu")
+    assert json.loads((folder / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])["event"] == "paused"
+    assert not (folder / PAUSE).exists()
+    assert run(folder)[0] == {"event": "resumed", "stage": 1, "step": 4}
+    assert_same_model(tmp_path / "whole", folder)
 
 
 def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -154,6 +188,28 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+def test_a_run_whose_last_event_was_cut_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    run(tmp_path)
+    whole = read_events(log)
+    log.write_bytes(log.read_bytes()[:-40])
+    run(tmp_path)
+    assert read_events(log) == [{"event": "resumed", "stage": 4, "step": 0}, *whole[:-1]]
+
+
+def test_a_start_that_was_stopped_leaves_no_half_of_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[:9].encode(encoding))
+        raise Stopped
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(Stopped):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     run(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -167,6 +223,17 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
         run(tmp_path, replace(CONFIG, seed=1))
 
 
+def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, data=replace(some_data(), spec=replace(SPEC, training={"date": "2026-01-01"})))
+    assert [event["event"] for event in run(tmp_path)] == ["resumed"]  # on another day
+    swapped = replace(SPEC, structures=("spleen", "liver"))
+    for other in (replace(some_data(), spec=swapped), replace(some_data(), cases=some_data().cases[:3])):
+        with pytest.raises(ValueError, match="a run on other data; choose another folder or give it the same data"):
+            run(tmp_path, data=other)
+    with pytest.raises(ValueError, match="on other data"):
+        run(tmp_path, start=MoESwinUNet(replace(NETWORK, experts=1, top_k=0), 3))
+
+
 def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"1234567890")
@@ -174,19 +241,25 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
         run(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from m4oe.training import checkpoint
+def test_a_checkpoint_reaches_the_disk_on_windows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There only a file that is open for writing can be flushed; writing nothing asks for the same."""
+    flushed: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda number: flushed.append(os.write(number, b"")))
+    save_checkpoint(tmp_path / "checkpoint.safetensors", Progress(), {"a": torch.ones(2)})
+    assert flushed == [0]
 
-    saved = checkpoint.save_file
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = package.save_file
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
-        if '"stage": 1' in metadata["progress"]:
+        if '"stage": 1' in metadata.get("progress", ""):
             Path(path).write_bytes(b"half")
             raise OSError("No space left on device")
         saved(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(package, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             run(tmp_path / "full")
     assert load_checkpoint(tmp_path / "full" / "checkpoint.safetensors")[0].step == 4
@@ -357,12 +430,83 @@ def test_a_stage_ends_when_nothing_is_gained_any_more(tmp_path: Path, monkeypatc
     assert events[-1] == {"event": "early stop", "stage": "dense", "step": 8}
 
 
+def test_a_run_that_was_stopped_as_a_stage_ended_early_takes_no_step_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(event: Any) -> None:
+        if event["event"] == "early stop":
+            raise Stopped
+
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: [("a", {"liver": 0.5})])
+    config = replace(CONFIG, stages=(Stage("dense", 40, 1e-3),), validate_every=2, patience=3)
+    with pytest.raises(Stopped):
+        train(config, some_data(validation=True), tmp_path, watch, device="cpu")
+    events = run(tmp_path, config, some_data(validation=True))
+    assert events == [
+        {"event": "resumed", "stage": 0, "step": 8},
+        {"event": "early stop", "stage": "dense", "step": 8},
+    ]
+
+
 def test_validation_segments_whole_volumes_on_their_own_grid(tmp_path: Path) -> None:
     config = replace(CONFIG, stages=(Stage("dense", 60, 1e-2),), validate_every=60)
     events = run(tmp_path, config, some_data(validation=True))
     validated = next(event for event in events if event["event"] == "validated")
     assert set(validated["cases"]) == {"unseen0", "unseen1"} and set(validated["dice"]) == {"liver", "spleen"}
     assert validated["score"] == pytest.approx(np.mean(list(validated["dice"].values())), abs=1e-3)
+
+
+class Tumours:
+    """In the place of a predictor: finds all of the liver, and in it a tumour that the truth calls liver."""
+
+    def __init__(self, *given: Any) -> None:
+        self.spec = replace(SPEC, structures=("liver", "liver_tumor"))
+
+    def __call__(self, image: Volume, expert: str = "auto") -> tuple[Volume, Any]:
+        labels = a_pair(0, 9)[1].array
+        labels[labels == 2], labels[1:3, 6:8, 6:8] = 0, 2
+        return Volume(labels, image.grid), SimpleNamespace(gate={})
+
+
+def the_whole_liver() -> tuple[Volume, Volume]:
+    image, labels = a_pair(0, 9)
+    return image, Volume(labels.array * (labels.array == 1), labels.grid)
+
+
+def test_a_tumour_is_liver_where_the_case_annotates_no_tumours() -> None:
+    source = CaseSource("a", 0, ("liver",), (), the_whole_liver)
+    assert list(module._validation_scores(Tumours(), [source], True)) == [("a", {"liver": 1})]
+    (result,) = score._results(Tumours(), [source], print)
+    assert result.dice == {"liver": 1}
+
+
+@pytest.mark.parametrize(("gate", "asked"), [("image", [False, True]), ("token", [True] * 2), ("channel", [True] * 2)])
+def test_validation_lets_gates_inside_the_network_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: str, asked: list[bool]
+) -> None:
+    found: list[bool] = []
+    whole = module._validation_scores
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: found.append(given[-1]) or whole(*given))
+    network, stages = replace(NETWORK, gate=gate), (Stage("experts", 2, 1e-3), Stage("joint", 2, 1e-3))
+    config = replace(CONFIG, network=network, stages=stages, validate_every=2)
+    run(tmp_path, config, replace(some_data(validation=True), spec=of(network)))
+    assert found == asked
+
+
+def unreadable() -> Any:
+    raise ValueError("Cannot read it")
+
+
+def test_a_case_that_cannot_be_read_is_told_and_stops_neither_training_nor_scoring(tmp_path: Path) -> None:
+    config, data = replace(CONFIG, stages=(Stage("dense", 2, 1e-2),), validate_every=2), some_data(validation=True)
+    sources = [CaseSource("bad", 0, SPEC.structures, (), unreadable), *data.validation]
+    left_out = {"event": "left out", "case": "bad", "reason": "Cannot read it"}
+    events = run(tmp_path, config, replace(data, validation=sources))
+    assert left_out in events
+    assert set(next(event for event in events if event["event"] == "validated")["cases"]) == {"unseen0", "unseen1"}
+    scored: list[Any] = []
+    results = score.score_model(tmp_path / "model.safetensors", sources, scored.append, "cpu")
+    assert scored[0] == left_out and [result.case for result in results] == ["unseen0", "unseen1"]
 
 
 def test_a_run_with_validation_resumes_to_the_same_end(tmp_path: Path) -> None:
@@ -430,6 +574,55 @@ def test_short_memory_cuts_the_batch_and_goes_on(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "model.safetensors").exists()
 
 
+class Short(torch.autograd.Function):
+    """Has no memory for the first backward pass, and keeps something large for each."""
+
+    kept: ClassVar[list[weakref.ref[Tensor]]] = []
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.large = torch.zeros(9)
+        Short.kept.append(weakref.ref(context.large))
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        if len(Short.kept) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradient
+
+
+def gradients_of(loss_of: Callable[[Batch], Tensor], weight: Tensor, images_B: Tensor, parts: int) -> list[Any]:
+    """Has the gradient of a batch computed, and gives the events."""
+    count, events = len(images_B), []
+    batch = Batch(images_B, *[torch.zeros(count)] * 4, tuple(map(str, range(count))))
+    a_run = module._Run(
+        CONFIG, some_data(), Path(), events.append, Ranks(), torch.device("cpu"), MoESwinUNet(NETWORK, 3)
+    )
+    a_run.progress.parts = parts
+    module._gradients(a_run, lambda part: {"a": loss_of(part)}, batch, torch.optim.SGD([weight], 1.0))
+    return events
+
+
+def test_a_second_attempt_has_the_memory_of_the_first() -> None:
+    weight, alive = torch.ones(1, requires_grad=True), []
+
+    def loss_of(part: Batch) -> Tensor:
+        alive.append(sum(large() is not None for large in Short.kept))
+        return Short.apply(weight).sum()
+
+    assert gradients_of(loss_of, weight, torch.zeros(4), 1) == [{"event": "memory", "parts": 2}]
+    assert alive[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_every_image_weighs_as_much_in_however_many_parts(parts: int) -> None:
+    images_B = torch.randn(12)
+    weight = torch.zeros((), requires_grad=True)
+    gradients_of(lambda part: (weight * part.images_BSHW).mean(), weight, images_B, parts)
+    torch.testing.assert_close(weight.grad, images_B.mean())
+
+
 def test_memory_for_no_image_at_all_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy(*given: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -440,6 +633,21 @@ def test_memory_for_no_image_at_all_is_told(tmp_path: Path, monkeypatch: pytest.
 
 
 # ---- several processes
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = MagicMock()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", calls.set_device)
+    for name in ("init_process_group", "get_rank", "destroy_process_group"):
+        monkeypatch.setattr(f"torch.distributed.{name}", getattr(calls, name))
+    with joined_ranks():
+        assert local_device() == "cuda:1"
+    assert [call[0] for call in calls.mock_calls[:2]] == ["set_device", "init_process_group"]
+    calls.set_device.assert_called_once_with(1)
+
 
 SHARED = """
 import sys, pathlib

@@ -25,12 +25,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from m4oe.__main__ import _record as record
 from m4oe.__main__ import main
 from m4oe.files import read_volume
 from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
+from m4oe.segment_command import Voice
+from m4oe.segment_command import _record as record
 from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.training import phantom as phantoms
 from scipy.ndimage import gaussian_filter
@@ -155,7 +156,7 @@ def test_a_result_lies_on_the_grid_of_its_input(segment: Command, tmp_path: Path
     assert segment(source) == 0
     labels, volume = read_volume(tmp_path / "out" / "CT.seg.nrrd"), read_volume(source)
     assert labels.grid.is_close(volume.grid) and labels.array.any()
-    assert names(tmp_path / "out") == ["CT.seg.nrrd", "volumes.csv", "volumes.json"]
+    assert names(tmp_path / "out") == ["CT.seg.nrrd", "log.txt", "volumes.csv", "volumes.json"]
 
 
 def test_the_tables_hold_the_volumes_of_the_labels(segment: Command, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_preview_that_fails_loses_neither_result_nor_volumes(
     (tmp_path / "out" / "CT.png").mkdir(parents=True)
     assert segment(saved(tmp_path / "CT.nii.gz"), "--preview") == 1
     assert "CT.png: it is a folder" in the_error(capsys)
-    assert names(tmp_path / "out") == ["CT.png", "CT.seg.nrrd", "volumes.csv", "volumes.json"]
+    assert names(tmp_path / "out") == ["CT.png", "CT.seg.nrrd", "log.txt", "volumes.csv", "volumes.json"]
     report, table = reports(tmp_path / "out")["CT"], rows(tmp_path / "out")
     assert "it is a folder" in report["error"] and report["error"] == table[-1]["note"]
     assert len(table) == len(report["volumes_ml"]) + 1 > 1
@@ -223,7 +224,7 @@ def test_inputs_that_would_share_a_file_are_refused(segment: Command, tmp_path: 
 
 def test_a_colour_table_does_not_take_the_name_of_the_volumes(segment: Command, tmp_path: Path) -> None:
     assert segment(saved(tmp_path / "in" / "volumes.nrrd"), "--format", "mha") == 0
-    assert names(tmp_path / "out") == ["in_volumes.csv", "in_volumes.mha", "volumes.csv", "volumes.json"]
+    assert names(tmp_path / "out") == ["in_volumes.csv", "in_volumes.mha", "log.txt", "volumes.csv", "volumes.json"]
 
 
 def test_paths_may_have_spaces_and_any_letters(segment: Command, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_runs_at_the_same_time_lose_no_row(segment: Command, tmp_path: Path, mon
 
 def test_many_writers_of_the_tables_take_turns(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: record(tmp_path, str(number), {"error": "failed"}), range(40)))
+        list(pool.map(lambda number: record(tmp_path, str(number), {"error": "failed"}, Voice()), range(40)))
     assert set(reports(tmp_path)) == {row["case"] for row in rows(tmp_path)} == {str(number) for number in range(40)}
 
 
@@ -477,7 +478,7 @@ def test_a_bad_input_is_named_and_does_not_stop_the_others(
     bad = spoil(tmp_path / name)
     assert segment(saved(tmp_path / "a.mha"), bad, saved(tmp_path / "z.mha")) == 1
     check_error(capsys, bad, message)
-    assert names(tmp_path / "out") == ["a.seg.nrrd", "volumes.csv", "volumes.json", "z.seg.nrrd"]
+    assert names(tmp_path / "out") == ["a.seg.nrrd", "log.txt", "volumes.csv", "volumes.json", "z.seg.nrrd"]
 
 
 def test_nothing_to_segment_leaves_no_folder(segment: Command, tmp_path: Path) -> None:
@@ -492,7 +493,13 @@ def test_a_result_never_replaces_an_input(model: Path, tmp_path: Path, capsys: C
     (tmp_path / "x").mkdir()
     assert main(["segment", str(source), "--format", "nii.gz", *options]) == 1
     check_error(capsys, source, "another --format")
-    assert source.read_bytes() == before and names(tmp_path) == ["CT.nii.gz", "volumes.csv", "volumes.json", "x"]
+    assert source.read_bytes() == before and names(tmp_path) == [
+        "CT.nii.gz",
+        "log.txt",
+        "volumes.csv",
+        "volumes.json",
+        "x",
+    ]
 
 
 # ---- bad models and options
@@ -629,8 +636,8 @@ def test_a_full_disk_leaves_no_half_written_file(model: Path, tmp_path: Path, su
     process = python("-B", "-m", "m4oe", *command, preexec_fn=no_file_beyond_200_bytes)
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (1, 2) and "Traceback" not in errors, errors
-    assert set(names(out)) <= {"volumes.json", "volumes.csv"}
-    assert names(out) == [] or reports(out)["CT"]["error"]
+    assert set(names(out)) <= {"log.txt", "volumes.json", "volumes.csv"}
+    assert names(out) == ["log.txt"] or reports(out)["CT"]["error"]
 
 
 # ---- interruption
@@ -648,7 +655,7 @@ def test_an_interrupted_run_keeps_what_was_done(
     monkeypatch.setattr(nrrd, "write", lambda *given, **options: next(steps)(*given, **options))
     assert segment(*(saved(tmp_path / f"{name}.mha") for name in "abc")) == 130
     assert "interrupted" in the_error(capsys)
-    assert names(tmp_path / "out") == ["a.seg.nrrd", "volumes.csv", "volumes.json"]
+    assert names(tmp_path / "out") == ["a.seg.nrrd", "log.txt", "volumes.csv", "volumes.json"]
     assert {row["case"] for row in rows(tmp_path / "out")} == {"a"}
 
 
@@ -672,10 +679,10 @@ def test_a_signal_in_the_middle_of_writing_leaves_no_file(
     arguments = ["segment", saved(tmp_path / "CT.nii.gz"), "-o", tmp_path / "out", "--model", model]
     with python("-c", SLOW_WRITER, *arguments) as process:
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
-        assert len(names(tmp_path / "out")) == 1
+        assert len(names(tmp_path / "out")) == 2
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and names(tmp_path / "out") == []
+    assert process.returncode == code and names(tmp_path / "out") == ["log.txt"]
     assert the_error_in(errors) == "interrupted; files already written are complete"
 
 
@@ -866,7 +873,7 @@ def test_the_demo_writes_the_phantom_and_says_what_to_open(demo: Command, tmp_pa
 
 def test_the_demo_takes_an_input(demo: Command, tmp_path: Path, capsys: Captured) -> None:
     assert demo("--input", saved(tmp_path / "CT.nii.gz"), "--modality", "x-ray") == 0
-    assert names(tmp_path / "out") == ["CT.png", "CT.seg.nrrd", "volumes.csv", "volumes.json"]
+    assert names(tmp_path / "out") == ["CT.png", "CT.seg.nrrd", "log.txt", "volumes.csv", "volumes.json"]
     assert "Dice" not in capsys.readouterr().out
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +97,15 @@ def test_any_damaged_byte_is_detected(model: Path) -> None:
         model.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
         with pytest.raises(ValueError, match=r"tiny\.safetensors"):
             load_model(model)
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_model(
+    model: Path, network: MoESwinUNet, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
+    before = model.read_bytes()
+    with full_disk(), pytest.raises(OSError, match=r"cannot write .*tiny\.safetensors .*; make room and start again"):
+        save_model(model, network, SPEC)
+    assert model.read_bytes() == before and list(model.parent.iterdir()) == [model]
 
 
 def test_a_changed_description_is_detected(model: Path) -> None:

@@ -293,6 +293,13 @@ def test_a_gate_that_is_sure_raises_no_doubt(with_gate: Callable[..., Predictor]
     assert not [text for text in report.warnings if "doubt" in text]
 
 
+def test_an_expert_of_another_modality_sees_its_own_intensities(with_gate: Callable[..., Predictor]) -> None:
+    predictor, volume = with_gate(9, 0, 0), a_volume(np.abs(smooth(10, 22, 26)))  # no header; it looks like MR
+    labels, report = predictor(volume)
+    assert report.expert_weights["ct"] == 1 and report.chosen_by == "gate"
+    assert np.array_equal(labels.array, segmented(predictor, volume, expert="ct"))
+
+
 def test_a_soft_gate_mixes_the_experts_it_weighs(tmp_path: Path) -> None:
     spec = replace(SPEC, network=replace(NETWORK, top_k=0))
     _, report = a_predictor(tmp_path, spec, gate=(5.0, 1.0, 2.0))(an_mr())
@@ -403,6 +410,22 @@ def test_a_cancelled_run_stops_after_the_slab(predictor: Predictor) -> None:
     assert predictor(a_ct())[1].volumes_ml  # the predictor is as good as new
 
 
+def test_a_cancelled_run_stops_between_two_layers(predictor: Predictor) -> None:
+    asked: list[bool] = []
+    with pytest.raises(Cancelled):
+        predictor(a_ct(), cancelled=lambda: bool(asked.append(True)) or len(asked) == 3)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("expert", ["auto", "ct"])
+def test_each_layer_asks_once_whether_to_stop(predictor: Predictor, expert: str) -> None:
+    """Of the three, of which the gate needs the first alone; and before each slab and at the end it is asked too."""
+    asked: list[bool] = []
+    predictor(a_ct(), expert, cancelled=lambda: bool(asked.append(True)))
+    slabs = 2
+    assert len(asked) == (expert == "auto") * slabs + slabs * 3 + slabs + 1
+
+
 def test_a_run_that_nobody_cancels_ends(predictor: Predictor) -> None:
     assert predictor(a_ct(), cancelled=lambda: False)[0].array.any()
 
@@ -449,6 +472,85 @@ def test_the_report_says_what_was_done(predictor: Predictor) -> None:
         assert volume_ml == pytest.approx(voxels * 1.5 * 1.5 * 2 / 1000)
 
 
+# ---- quality, probabilities
+
+
+@pytest.mark.parametrize("slice_mm", [3.0, 5.0, 7.5])
+def test_fast_looks_at_half_of_the_slices_and_fills_all(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, slice_mm: float
+) -> None:
+    seen: list[int] = []
+    count = module._scores
+    monkeypatch.setattr(module, "_scores", lambda network, stacks: seen.append(len(stacks)) or count(network, stacks))
+    for quality in ("standard", "fast"):
+        predictor(a_volume(smooth(24, 12, 12), spacing=(1.5, 1.5, slice_mm)), quality=quality)
+    assert sum(seen) == 24 + 12  # slices
+    constant(predictor, 2, monkeypatch)
+    labels = segmented(predictor, a_volume(smooth(23, 24, 24), spacing=(1.5, 1.5, slice_mm)), quality="fast")
+    assert (labels == 2).any(axis=(1, 2)).all()
+
+
+def test_an_unknown_quality_is_refused_with_the_choices(predictor: Predictor) -> None:
+    with pytest.raises(ValueError, match="'best' is unknown; expected one of standard, fast"):
+        predictor(a_ct(), quality="best")
+
+
+def test_uncertainty_is_the_entropy_where_the_network_looked(predictor: Predictor) -> None:
+    volume = a_volume(smooth(6, 12, 12), spacing=(2.0, 2.0, 3.0), modality="CT")  # its grid is the canonical one
+    uncertainty = np.full(volume.array.shape, 255, np.uint8)
+    _, report = predictor(volume, uncertainty=uncertainty)
+    canonical = CanonicalVolume(volume, 2.0, 3.0, SPEC.intensity["CT"])
+    network = predictor.network.select_experts((1.0, 0.0, 0.0))
+    with torch.inference_mode():
+        p_ZHWK = network(canonical.stacks(0, 6, 3)).softmax(-1)
+    expected = (100 * torch.special.entr(p_ZHWK).sum(-1) / np.log(5)).numpy()
+    found = Volume(uncertainty, volume.grid).to_axes("LPS").array
+    np.testing.assert_allclose(found, expected, atol=0.51)
+    best = p_ZHWK.max(-1)
+    liver = best.values[best.indices == 1].mean()
+    assert report.confidence["liver"] == pytest.approx(float(liver), abs=1e-4)
+    assert set(report.confidence) == set(report.volumes_ml) != set()
+
+
+def test_asking_for_uncertainty_changes_no_label(predictor: Predictor) -> None:
+    plain, _ = predictor(a_ct())
+    labels, _ = predictor(a_ct(), uncertainty=np.zeros(a_ct().array.shape, np.uint8))
+    np.testing.assert_array_equal(labels.array, plain.array)
+
+
+def test_a_structure_between_the_slices_that_the_network_saw_has_no_confidence(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(network: object, stacks: torch.Tensor) -> torch.Tensor:
+        """Liver and background by turns; the spleen is second everywhere, so it is the best half way."""
+        out = torch.zeros(len(stacks), *stacks.shape[-2:], 5)
+        out[0::2, ..., 1], out[1::2, ..., 0], out[..., 2] = 10, 10, 8
+        return out
+
+    monkeypatch.setattr(module, "_scores", scores)
+    _, report = predictor(a_volume(smooth(16, 20, 20), spacing=(2.0, 2.0, 1.5), modality="CT"))
+    assert set(report.volumes_ml) == {"liver", "spleen"} and set(report.confidence) == {"liver"}
+
+
+def test_the_mean_probability_of_a_large_structure_is_exact() -> None:
+    volume = a_volume(smooth(1, 1, 1))
+    canonical = CanonicalVolume(volume, 2.0, 3.0, SPEC.intensity["CT"])
+    probabilities = module._Probabilities(canonical, volume.grid, 2, None)
+    probabilities._sums_2K[:, 1] = 2**24  # voxels; in float32 another one changes nothing
+    probabilities.add(torch.zeros(1, 1, 1, 2) + torch.tensor([0.0, 1.0]))
+    assert probabilities.by_class() == {1: pytest.approx((2**24 + 1 / (1 + np.exp(-1))) / (2**24 + 1), abs=1e-12)}
+
+
+def test_a_structure_to_check_is_flagged() -> None:
+    flags = module._flags({"liver": 9000.0, "spleen": 200.0, "aorta": 90.0}, ["spleen"], {"liver": 0.9, "spleen": 0.3})
+    assert flags == {"liver": ("implausible",), "spleen": ("cut", "low confidence")}
+
+
+def test_a_structure_of_low_confidence_is_told() -> None:
+    assert module._confidence_warnings({"liver": 0.9, "spleen": 0.41}) == ["low confidence: Spleen (41%)"]
+    assert module._confidence_warnings({"liver": 0.9}) == []
+
+
 def test_nothing_found_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     constant(predictor, 0, monkeypatch)
     labels, report = predictor(an_mr())
@@ -459,7 +561,7 @@ def test_nothing_found_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyP
 def test_a_structure_at_the_border_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     constant(predictor, 2, monkeypatch)
     _, report = predictor(an_mr())
-    assert [text for text in report.warnings if "Spleen" in text] == [
+    assert [text for text in report.warnings if "at the edge" in text] == [
         "at the edge of the field of view, so cut or not there at all: Spleen"
     ]
 
@@ -468,7 +570,7 @@ def test_a_single_slice_is_not_cut_by_its_own_plane(predictor: Predictor, monkey
     constant(predictor, 2, monkeypatch)
     _, report = predictor(a_volume(np.abs(smooth(1, 24, 24)), modality="MR"), expert="mr_t1")
     assert "spleen" in report.volumes_ml
-    assert report.warnings == ("a single slice: volumes are areas times 2 mm, and were not compared with patients'",)
+    assert report.warnings[0] == "a single slice: volumes are areas times 2 mm, and were not compared with patients'"
 
 
 @pytest.mark.parametrize(("millimetres", "word"), [(1.0, "outside"), (18.0, "outside"), (10.0, "")])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -9,8 +10,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from m4oe.network.unet import MoESwinUNet
-from m4oe.spec import NetworkSpec
-from m4oe.training.start import load_swin
+from m4oe.package import save_model
+from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.training.start import load_expert, load_swin
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -80,3 +82,15 @@ def test_without_timm_a_file_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="timm cannot be imported .* name a safetensors file"):
         load_swin(MoESwinUNet(NetworkSpec(), 3), "timm")
+
+
+def test_a_model_of_fewer_blocks_is_refused(tmp_path: Path) -> None:
+    network = NetworkSpec(experts=1, top_k=0, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0)
+    rules = {"CT": IntensityRule("window", -160, 240)}
+    spec = ModelSpec("tiny", "1", network, ("liver",), (ExpertSpec("ct", "CT"),), rules, 2.0, 2.0)
+    save_model(tmp_path / "tiny.safetensors", MoESwinUNet(network, 2), spec)
+    deeper = MoESwinUNet(replace(network, depths=(1, 2)), 2)
+    with pytest.raises(
+        ValueError, match=r"lacks 13 tensors of the network, first encoder\.1\.1\.attn.*; take a preset"
+    ):
+        load_expert(deeper, ("liver",), str(tmp_path / "tiny.safetensors"))

@@ -129,6 +129,33 @@ def test_events_are_lines_of_text_or_of_json(tmp_path: Path, capsys: Captured) -
     assert {"step", "validated", "scored", "scores"} <= {event["event"] for event in events}
 
 
+def test_all_that_happens_is_in_the_events_and_validation_is_drawn(base: Path) -> None:
+    events = [json.loads(line) for line in (base / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {"step", "validated", "scored", "scores", "finished"} <= {event["event"] for event in events}
+    pictures = {path.name for path in (base / "previews").iterdir()}
+    assert pictures == {f"step_{event['overall']}.png" for event in events if event["event"] == "validated"}
+
+
+def test_an_estimate_trains_nothing(tmp_path: Path, capsys: Captured) -> None:
+    data = str(a_data_set(tmp_path / "set", "ct"))
+    assert main(["train", data, "-o", str(tmp_path / "run"), "--estimate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < found["seconds"] < 600 and 50 < found["memory_mib"] < 100_000 and found["gpu_mib"] >= 0
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_a_run_that_is_asked_to_pause_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    data, run = str(a_data_set(tmp_path / "set", "ct")), tmp_path / "run"
+    run.mkdir()
+    (run / "pause").touch()
+    assert main(["train", data, "-o", str(run)]) == 0
+    assert "the same command goes on" in capsys.readouterr().err and not (run / "model.safetensors").exists()
+    assert main(["train", data, "-o", str(run)]) == 0
+    assert (run / "model.safetensors").exists()
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(["train", str(a_data_set(tmp_path / "set", "ct")), "-o", str(tmp_path / "run")]) == 0

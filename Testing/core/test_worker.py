@@ -54,7 +54,9 @@ class StandIn:
     def __init__(self, path, device, precision):
         self.work = getattr(self, device)
 
-    def __call__(self, volume, expert, structures, progress, cancelled):
+    def __call__(self, volume, expert, structures, progress, cancelled, quality, uncertainty):
+        if uncertainty is not None:
+            uncertainty[:] = 7
         progress("prepare", 0.0)
         told = self.work(progress) or ""
         return volume, Report(str(os.getpid()), told, "", {}, {}, "", {}, {}, {}, volume.warnings)
@@ -163,6 +165,23 @@ def stand_in() -> Iterator[Client]:
 
 def process_of(client: Client) -> str:
     return client.segment(a_volume(), device="echo")[1].model
+
+
+def test_uncertainty_comes_with_the_labels(stand_in: Client) -> None:
+    volume = a_volume()
+    uncertainty = np.zeros(volume.array.shape, np.uint8)
+    labels, _ = stand_in.segment(volume, device="echo", uncertainty=uncertainty)
+    assert np.array_equal(labels.array, volume.array)
+    assert (uncertainty == 7).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((4, 3, 2), np.uint8), np.zeros((2, 3, 4)), np.broadcast_to(np.uint8(0), (2, 3, 4))]
+)
+def test_uncertainty_that_cannot_be_filled_is_refused_at_once(stand_in: Client, wrong: Any) -> None:
+    volume = Volume(np.zeros((2, 3, 4), np.int16), Grid((2, 3, 4), np.eye(4)))
+    with pytest.raises(ValueError, match=r"expected one of uint8 and the volume's \(2, 3, 4\), to be filled"):
+        stand_in.begin_segment(volume, device="echo", uncertainty=wrong)
 
 
 def wait_until_gone(*processes: int) -> None:
@@ -279,6 +298,24 @@ def test_a_result_is_held_by_its_owner_alone(stand_in: Client) -> None:
     del volume
     gc.collect()
     wait_for(lambda: voxels() is None and result() is None, "the client holds on to them")
+
+
+def test_an_answer_to_a_job_that_has_failed_is_of_no_account() -> None:
+    job = jobs.Job(lambda message, data: 1)
+    job.fail(Cancelled("too late"))
+    job.finish({}, bytearray())
+    with pytest.raises(Cancelled, match="too late"):
+        job.result()
+
+
+def test_a_volume_that_was_never_sent_is_let_go() -> None:
+    client, volume = Client([sys.executable, "-c", "import sys; sys.exit(3)"]), a_volume(np.zeros((3, 4, 5), np.int16))
+    voxels, job = weakref.ref(volume.array), client.begin_segment(volume)
+    with pytest.raises(RuntimeError, match="ended with exit code 3 before it started"):
+        job.result()
+    del volume, job
+    gc.collect()
+    wait_for(lambda: voxels() is None, "the client holds on to it")
 
 
 # ---- the predictor in another Python

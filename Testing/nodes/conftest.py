@@ -1,16 +1,9 @@
-"""Real MRML nodes without the application: the slicer-core wheel, one scene, and an eye on VTK's warnings.
-
-slicer-core lacks what a scripted module imports from the application; small stand-ins take that place.
-"""
+"""Real MRML nodes without the application: the slicer-core wheel, one scene, and an eye on VTK's warnings."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-import unittest
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +12,6 @@ import slicer
 import slicer.util
 import vtk
 from numpy.typing import ArrayLike, NDArray
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -70,39 +61,8 @@ def segmentation_node(scene: Any) -> Any:
     return scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "organs")
 
 
-@pytest.fixture
-def segmentation_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """M4oESegmentation.py, imported as Slicer does, on top of the stand-ins."""
-    for name, content in _stand_ins().items():
-        module = ModuleType(f"slicer.{name}")
-        module.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.syspath_prepend(str(ROOT / "M4oESegmentation"))
-    yield importlib.import_module("M4oESegmentation")
-    del sys.modules["M4oESegmentation"]
-
-
 def _add_module(application: Any, name: str, logic: Any) -> None:
     logic.SetMRMLApplicationLogic(application)
     logic.SetMRMLScene(application.GetMRMLScene())
     application.SetModuleLogic(name, logic)
     setattr(slicer.modules, name.lower(), SimpleNamespace(logic=lambda: logic))
-
-
-def _stand_ins() -> dict[str, dict[str, Any]]:
-    class ScriptedLoadableModule:
-        def __init__(self, parent: Any) -> None:
-            self.parent = parent
-
-    class ScriptedLoadableModuleLogic:
-        def __init__(self, parent: Any = None) -> None:
-            self.parent = parent
-
-    class ScriptedLoadableModuleTest(unittest.TestCase):
-        pass
-
-    bases = (ScriptedLoadableModule, ScriptedLoadableModuleLogic, ScriptedLoadableModuleTest)
-    return {
-        "ScriptedLoadableModule": {base.__name__: base for base in bases},
-        "i18n": {"tr": lambda text: text, "translate": lambda context, text: text},
-    }

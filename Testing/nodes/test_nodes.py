@@ -12,7 +12,7 @@ import slicer.util
 import vtk
 from m4oe.geometry import Grid, Volume
 from m4oe.labels import structure
-from m4oe.nodes import check_segmentation_node, segmentation_to_node, volume_from_node
+from m4oe.nodes import check_segmentation_node, percent_to_node, segmentation_to_node, volume_from_node
 from scipy.spatial.transform import Rotation
 
 STRUCTURES = {1: "spleen", 2: "kidney_right", 3: "prostate_or_uterus", 4: "liver"}
@@ -295,6 +295,18 @@ def test_result_stays_where_the_user_has_put_it(scene: Any, volume_node: Any, se
     labels = make_labels(volume_from_node(volume_node).grid)
     segmentation_to_node(labels, STRUCTURES, segmentation_node, volume_node, "demo 1.0")
     assert tree.GetItemParent(item) == folder
+
+
+def test_percents_become_a_volume_beside_their_own(volume_node: Any) -> None:
+    transform = transform_node(RIGID)
+    volume_node.SetAndObserveTransformNodeID(transform.GetID())
+    percents = Volume(np.full((6, 7, 8), 40, np.uint8), volume_from_node(volume_node).grid, "uncertainty")
+    node = percent_to_node(percents, volume_node)
+    np.testing.assert_array_equal(slicer.util.arrayFromVolume(node), percents.array)
+    assert volume_from_node(node).grid.is_close(percents.grid)
+    assert (node.GetName(), node.GetParentTransformNode()) == ("uncertainty", transform)
+    display = node.GetDisplayNode()
+    assert (display.GetWindowLevelMin(), display.GetWindowLevelMax()) == (0, 100)
 
 
 def test_file_written_by_slicer_reads_back_the_same(scene: Any, volume_node: Any, result: Any, tmp_path: Path) -> None:

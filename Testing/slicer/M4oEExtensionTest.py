@@ -15,8 +15,15 @@ class M4oEExtensionTest(unittest.TestCase):
     def setUp(self) -> None:
         slicer.mrmlScene.Clear(False)
 
-    def test_slicer_has_loaded_the_module_and_lists_it_nowhere(self) -> None:
-        self.assertTrue(slicer.modules.m4oesegmentation.hidden)
+    def test_slicer_has_loaded_the_module_and_lists_it(self) -> None:
+        self.assertFalse(slicer.modules.m4oesegmentation.hidden)
+        self.assertEqual(tuple(slicer.modules.m4oesegmentation.categories), ("Segmentation",))
+
+    def test_the_panel_opens_with_a_model_and_no_volume(self) -> None:
+        panel = slicer.modules.m4oesegmentation.createNewWidgetRepresentation().self()
+        self.assertGreater(panel.ui.modelSelector.count, 0)
+        self.assertFalse(panel.ui.applyButton.enabled)
+        panel.cleanup()
 
     def test_the_package_lies_beside_the_module_and_brings_its_data(self) -> None:
         import m4oe

@@ -30,7 +30,7 @@ def window_reverse(x_WTC: Tensor, window: int, height: int, width: int) -> Tenso
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, height, width, x_WTC.shape[-1])
 
 
-def _axis_regions(size: int, padded: int, window: int, shift: int) -> Tensor:
+def _axis_regions(size: int, padded: int, shift: int) -> Tensor:
     """Number of the region of each position on one axis after padding and cyclic shift.
 
     Padding is a region of its own, so no real token ever looks at it; what the shift wraps around is another.
@@ -50,9 +50,7 @@ def attention_mask(
     padded = [-(-length // window) * window for length in size]
     if list(size) == padded and shift == (0, 0):
         return None
-    rows, columns = (
-        _axis_regions(length, whole, window, step) for length, whole, step in zip(size, padded, shift, strict=True)
-    )
+    rows, columns = (_axis_regions(*axis) for axis in zip(size, padded, shift, strict=True))
     regions_HW = rows[:, None] * 3 + columns[None, :]
     regions_MT = window_partition(regions_HW[None, :, :, None], window)[..., 0]
     differs_MTT = regions_MT[:, :, None] != regions_MT[:, None, :]

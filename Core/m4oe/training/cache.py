@@ -24,11 +24,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..files import atomic_write
 from ..geometry import Volume
+from ..package import write_tensors
 from ..parallel import WorkerLost, ignore_interrupts, run_jobs
 from ..spec import ModelSpec
 from .data import Case, annotated_classes, make_case
@@ -52,7 +52,6 @@ class CaseSource:
         content: All that decides what `load` gives: files and folders by their bytes, texts (such as a label table)
             as they are.
         load: Reads the image and its labels, in the spec's label values or None. Runs in another process.
-        weight: How often it is drawn, relative to the other cases of its expert.
     """
 
     name: str
@@ -60,7 +59,6 @@ class CaseSource:
     annotated: tuple[str, ...]
     content: tuple[Path | str, ...]
     load: Callable[[], tuple[Volume, Volume | None]]
-    weight: float = 1.0
 
 
 class Failure(NamedTuple):
@@ -106,6 +104,14 @@ def build_cache(
         else:
             cases.append(_open(place, source, spec))
     return cases, failures
+
+
+def load_or_fail(source: CaseSource) -> tuple[Volume, Volume | None] | Failure:
+    """The image and labels of a case, or why they cannot be had: one bad file is no reason to stop a training."""
+    try:
+        return source.load()
+    except _BAD_CASE as error:
+        return Failure(source.name, str(error) or type(error).__name__)
 
 
 def start_worker() -> None:
@@ -202,8 +208,8 @@ def _write(path: Path, case: Case, name: str) -> None:
         for label, slices in case.slices_of.items():
             shown_KZ[label, slices] = 1
         arrays |= {"labels": case.labels_ZHW, "shown": shown_KZ}
-    with atomic_write(path) as temporary:
-        save_file(arrays, temporary, {"name": name, "check": _check(arrays)})
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
+    write_tensors(path, tensors, {"name": name, "check": _check(arrays)})
 
 
 def _is_whole(path: Path) -> bool:
@@ -226,7 +232,7 @@ def _open(path: Path, source: CaseSource, spec: ModelSpec) -> Case:
     slices_of = {int(label): np.flatnonzero(shown_KZ[label]) for label in np.flatnonzero(shown_KZ.any(1))}
     annotated_K = annotated_classes(source.annotated, spec)
     image_ZHW, labels_ZHW = arrays["image"], arrays.get("labels")
-    return Case(image_ZHW, labels_ZHW, annotated_K, source.expert, slices_of, source.name, source.weight)
+    return Case(image_ZHW, labels_ZHW, annotated_K, source.expert, slices_of, source.name)
 
 
 def _map(path: Path) -> tuple[dict[str, np.ndarray], str]:

@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from ..files import read_header, read_volume
+from ..files import dicom_series, read_header, read_volume
 from ..geometry import Grid, Volume
 
 _WHOLE = 1e-3  # from a whole number, by which a label value may differ
@@ -186,7 +186,7 @@ def mask_files(folder: Path) -> dict[str, Path]:
 def _read_slices(case: CaseFiles, slices: list[Path]) -> Volume:
     """Stacks PNG slices, whose names sort as those of the DICOM files do (and not as the slices lie: CHAOS)."""
     grid = read_header(case.image).grid
-    files = _series(case.image)
+    files = next(iter(dicom_series(case.image)), ())
     if len(files) != len(slices):
         raise ValueError(f"{case.label} has {len(slices)} slices, the image {len(files)}.")
     by_name = dict(zip(sorted(files), slices, strict=True))
@@ -194,13 +194,6 @@ def _read_slices(case: CaseFiles, slices: list[Path]) -> Volume:
     if array.shape != grid.shape:
         raise ValueError(f"Its label has {_text(array.shape[::-1])} voxels, the image {_text(grid.shape[::-1])}.")
     return Volume(array, grid, case.case)
-
-
-def _series(folder: Path) -> Sequence[str]:
-    """DICOM files of the longest series, in the order of the slices."""
-    reader = sitk.ImageSeriesReader()
-    ids = reader.GetGDCMSeriesIDs(str(folder), True)
-    return max((reader.GetGDCMSeriesFileNames(str(folder), uid, True) for uid in ids), key=len, default=())
 
 
 def _table(case: CaseFiles, structures: Sequence[str]) -> NDArray[np.uint8]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_write
+from ..package import write_tensors
 
 _KEY = "progress"
 
@@ -28,6 +26,7 @@ class Progress:
         parts: Parts into which a batch is cut to fit into memory.
         best: Best validation score of the stage; -1 before the first.
         worse: Validations since then.
+        seconds: That the stage has taken.
     """
 
     stage: int = 0
@@ -36,6 +35,7 @@ class Progress:
     parts: int = 1
     best: float = -1.0
     worse: int = 0
+    seconds: float = 0.0
 
 
 def save_checkpoint(path: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
@@ -44,14 +44,8 @@ def save_checkpoint(path: Path, progress: Progress, tensors: dict[str, Tensor]) 
     Raises:
         OSError: There is no room, or the folder cannot be written; the old checkpoint is as it was.
     """
-    with atomic_write(path) as temporary:
-        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
-            save_file(whole, temporary, {_KEY: json.dumps(asdict(progress))})
-        except SafetensorError as error:
-            raise OSError(f"cannot write the checkpoint {path} ({error}); make room and start again") from error
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write_tensors(path, whole, {_KEY: json.dumps(asdict(progress))}, flushed=True)
 
 
 def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Tensor]]:

@@ -105,6 +105,7 @@ QUICK = TrainConfig(
     pixel_mm=5.0,
     slice_mm=5.0,
     crop=80,
+    validate_every=100,
     stages=(
         Stage("dense", 320, 2e-3),
         Stage("experts", 140, 1e-3),

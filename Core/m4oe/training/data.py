@@ -35,7 +35,6 @@ class Case:
         expert: Index of the expert of its modality.
         slices_of: Slices that show a structure, by label.
         name: For messages.
-        weight: How often it is drawn, relative to the other cases of its expert.
     """
 
     image_ZHW: np.ndarray
@@ -44,7 +43,6 @@ class Case:
     expert: int
     slices_of: dict[int, np.ndarray]
     name: str = ""
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +99,7 @@ class Batch:
         return Batch(images, labels, annotated, self.experts_B[part], self.told_B[part])
 
 
-def make_case(
-    image: Volume, labels: Volume | None, annotated: Sequence[str], spec: ModelSpec, expert: int, weight: float = 1.0
-) -> Case:
+def make_case(image: Volume, labels: Volume | None, annotated: Sequence[str], spec: ModelSpec, expert: int) -> Case:
     """Brings a volume to the canonical grid, in the way prediction does.
 
     Args:
@@ -112,7 +108,6 @@ def make_case(
         annotated: Keys of the structures that were looked for, found or not.
         spec: The model that is trained.
         expert: Index of the expert of the image's modality.
-        weight: See `Case`.
 
     Raises:
         ValueError: The label map lies on another grid, or holds a value that is no structure or not an annotated one.
@@ -128,7 +123,7 @@ def make_case(
         image_ZHW[start:stop] = canonical.slices(start, stop).numpy()
     annotated_K = annotated_classes(annotated, spec)
     if labels is None:
-        return Case(image_ZHW, None, annotated_K, expert, {}, image.name, weight)
+        return Case(image_ZHW, None, annotated_K, expert, {}, image.name)
     found_ZHW = canonical.labels(labels)
     labels_ZHW = found_ZHW.astype(np.uint8)
     slices_of = _slices_of(labels_ZHW)
@@ -136,7 +131,7 @@ def make_case(
     if not set(slices_of) <= set(known.tolist()) or not np.array_equal(labels_ZHW, found_ZHW):
         wrong = ", ".join(f"{value:g}" for value in np.setdiff1d(found_ZHW, known)[:10])
         raise ValueError(f"{image.name}: the label map holds {wrong}; expected the annotated {known.tolist()} alone")
-    return Case(image_ZHW, labels_ZHW, annotated_K, expert, slices_of, image.name, weight)
+    return Case(image_ZHW, labels_ZHW, annotated_K, expert, slices_of, image.name)
 
 
 def annotated_classes(annotated: Sequence[str], spec: ModelSpec) -> np.ndarray:
@@ -189,7 +184,6 @@ class Sampler:
             raise ValueError(f"{images} images per expert cannot be shared among {world} processes; take a multiple")
         experts = sorted({case.expert for case in cases})
         self.groups = [[case for case in cases if case.expert == expert] for expert in experts]
-        self.shares = [np.cumsum([case.weight for case in group]) for group in self.groups]
         self.places = [slice(first + rank, first + images, world) for first in range(0, images * len(experts), images)]
         self.images, self.crop, self.channels, self.seed = images, crop, channels, seed
         self.pinned = pinned
@@ -209,10 +203,10 @@ class Sampler:
         labels = torch.zeros((count, size, size), dtype=torch.uint8, pin_memory=self.pinned)
         targets = zip(images.numpy(), labels.numpy(), strict=True)
         cases = []
-        for group, shares, part in zip(self.groups, self.shares, seeds, strict=True):
+        for group, part in zip(self.groups, seeds, strict=True):
             for seed in part:
                 rng = np.random.default_rng(seed)
-                cases.append(group[np.searchsorted(shares, rng.random() * shares[-1], side="right")])
+                cases.append(group[int(rng.random() * len(group))])
                 self._cut(cases[-1], *next(targets), rng)
         return Crops(
             images,

@@ -1,7 +1,8 @@
 """The training loop: stage by stage, with checkpoints from which a run that was stopped goes on to the last bit.
 
-A run's folder holds config.json, events.jsonl (one JSON object per line), checkpoint.safetensors, best.safetensors
-(the model that scored best in its stage, where there is validation) and at the end model.safetensors.
+A run's folder holds config.json, data.sha256 (a hash of what it learns from), events.jsonl (one JSON object per line),
+checkpoint.safetensors, best.safetensors (the model that scored best in its stage, where there is validation) and at the
+end model.safetensors.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,18 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..evaluation import dice_scores
+from ..evaluation import as_annotated, dice_scores
+from ..files import atomic_write
+from ..geometry import Volume
+from ..jobs import Cancelled
 from ..network.unet import MoESwinUNet, upcycle
-from ..package import save_model
+from ..package import digest, save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
 from ..spec import ModelSpec
+from ..training_run import PAUSE
 from .atlas import Atlas
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
-from .cache import CaseSource
+from .cache import CaseSource, Failure, load_or_fail
 from .checkpoint import (
     Progress,
     load_checkpoint,
@@ -44,9 +49,11 @@ from .stages import Objective, learning_rate, trained_groups
 from .synthesis import Synthesiser
 
 Event = dict[str, Any]
+_Seen = tuple[str, Volume, Volume, Volume]  # name, volume, truth, prediction of a case
 _CLIP = 1.0
 _LOG_EVERY = 20
 _AVERAGED = 0.02  # of a stage's steps: the span of the moving average of the weights
+_PREVIEWS = 4  # validation cases that are drawn
 _HEAD = "head."  # whose weights depend on the classes
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
@@ -118,11 +125,13 @@ def train(
         The model file.
 
     Raises:
-        ValueError: `folder` holds a run of another configuration, or the data do not fit the configuration.
+        ValueError: `folder` holds a run of another configuration or on other data, or the data do not fit the
+            configuration.
+        Cancelled: The file `pause` in `folder` asked for it; the checkpoint is written.
         RuntimeError: The loss is not finite, or the memory does not hold a single image.
         OSError: A file cannot be written; the last checkpoint is as it was.
     """
-    with _events(config, folder, on_event, ranks) as emit:
+    with _events(config, data, folder, on_event, ranks, start) as emit:
         run = _opened(config, data, folder, emit, ranks, find_device(device), start)
         model = folder / "model.safetensors"
         finished = run.progress.stage == len(config.stages) and model.exists()
@@ -136,24 +145,47 @@ def train(
 
 @contextmanager
 def _events(
-    config: TrainConfig, folder: Path, on_event: Callable[[Event], None], ranks: Ranks
+    config: TrainConfig,
+    data: TrainingData,
+    folder: Path,
+    on_event: Callable[[Event], None],
+    ranks: Ranks,
+    start: MoESwinUNet | None,
 ) -> Iterator[Callable[[Event], None]]:
     """Yields what tells of an event; the first process alone does."""
     if ranks.rank > 0:
         yield lambda event: None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = folder / "config.json"
-    if saved.exists() and saved.read_text(encoding="utf-8") != config.to_json():
-        raise ValueError(f"{folder} holds a run of another configuration; choose another folder or repeat its options")
-    saved.write_text(config.to_json(), encoding="utf-8")
-    with (folder / "events.jsonl").open("a", buffering=1, encoding="utf-8") as log:
+    _keep(folder / "config.json", config.to_json(), "of another configuration", "repeat its options")
+    _keep(folder / "data.sha256", _fingerprint(data, start), "on other data", "give it the same data and start again")
+    path = folder / "events.jsonl"
+    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a", buffering=1, encoding="utf-8") as log:
+        log.write("\n" if cut else "")
 
         def emit(event: Event) -> None:
             log.write(json.dumps(event) + "\n")
             on_event(event)
 
         yield emit
+
+
+def _keep(path: Path, text: str, other: str, cure: str) -> None:
+    """Writes what a run is, or refuses to go on with another one."""
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path.parent} holds a run {other}; choose another folder or {cure}")
+
+
+def _fingerprint(data: TrainingData, start: MoESwinUNet | None) -> str:
+    """A hash of the spec, of which case teaches what, and of the weights to start from; the day makes no difference."""
+    spec = replace(data.spec, training={}, scores={})
+    cases = [[case.name, case.expert, case.annotated_K.tolist()] for case in data.cases]
+    cases += [[atlas.name, "atlas", atlas.annotated_K.tolist()] for atlas in data.atlases]
+    weights = {key: value.cpu() for key, value in start.state_dict().items()} if start else {}
+    return digest(spec.to_json() + json.dumps(cases), weights)
 
 
 def _opened(
@@ -223,9 +255,15 @@ def _steps(
     losses_of = Objective(stage, run.data.spec, run.device, run.data.experts > 1, run.ranks.add_up)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     bfloat16 = bfloat16_is_faster(run.device)
-    start, recent = time.perf_counter(), _Recent(run.config, number)
+    start, recent = time.perf_counter() - progress.seconds, _Recent(run.config, number)
     learner.train()
     for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
+        if config.patience and progress.worse >= config.patience:
+            run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
+            break
+        if progress.step > 0 and _asked_to_pause(run):
+            _save_amid(run, learner, average, optimiser)
+            _pause(run, stage)
         batch = augment(crops)  # not in the thread: on a CPU it would fight the network for the cores
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
@@ -239,19 +277,36 @@ def _steps(
         optimiser.step()
         average.update_parameters(learner)
         progress.step += 1
+        progress.seconds = time.perf_counter() - start
         recent.add(losses, batch.names)
         last = progress.step == stage.steps
         if progress.step % _LOG_EVERY == 0 or progress.step % config.checkpoint_every == 0 or last:
-            run.emit(recent.event(progress.step, time.perf_counter() - start))
+            run.emit(recent.event(progress.step, progress.seconds))
         if config.validate_every and (progress.step % config.validate_every == 0 or last):
             _validate(run, stage, average.module)
             learner.train()
         if progress.step % config.checkpoint_every == 0 and not last:
-            averages = {f"average.{key}": value for key, value in average.state_dict().items()}
-            _save(run, learner, averages | optimiser_tensors(optimiser))
-        if config.patience and progress.worse >= config.patience:
-            run.emit({"event": "early stop", "stage": stage.name, "step": progress.step})
-            break
+            _save_amid(run, learner, average, optimiser)
+
+
+def _asked_to_pause(run: _Run) -> bool:
+    """Whether any process of the run saw the file; several processes ask each other now and then only."""
+    if run.ranks.world > 1 and run.progress.step % _LOG_EVERY:
+        return False
+    return any(run.ranks.gather([(run.folder / PAUSE).exists()]))
+
+
+def _pause(run: _Run, stage: Stage) -> None:
+    """Ends the run behind its checkpoint.
+
+    Raises:
+        Cancelled: Always.
+    """
+    run.ranks.wait()
+    if run.ranks.rank == 0:
+        (run.folder / PAUSE).unlink(missing_ok=True)
+    run.emit({"event": "paused", "stage": stage.name, "number": run.progress.stage, "step": run.progress.step})
+    raise Cancelled(f"paused at step {run.progress.step} of stage {stage.name}; the same command goes on from there")
 
 
 def _gradients(
@@ -262,12 +317,15 @@ def _gradients(
         optimiser.zero_grad(set_to_none=True)
         parts = run.progress.parts
         sums: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}  # and no longer those of an attempt that failed, which hold its memory
         try:
             for first in range(parts):
-                losses = loss_of(batch.every(first, parts))
-                (torch.stack(list(losses.values())).sum() / parts).backward()
+                part = batch.every(first, parts)
+                share = len(part.images_BSHW) / len(batch.images_BSHW)
+                losses = loss_of(part)
+                (share * torch.stack(list(losses.values())).sum()).backward()
                 sums = {
-                    key: sums.get(key, torch.zeros_like(loss)) + loss.detach() / parts for key, loss in losses.items()
+                    key: sums.get(key, torch.zeros_like(loss)) + share * loss.detach() for key, loss in losses.items()
                 }
             return sums
         except RuntimeError as error:
@@ -360,9 +418,14 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         copy.load_state_dict(network.state_dict())
         save_model(candidate, _as_mixture(copy, run.config), run.data.spec, torch.float32)
     run.ranks.wait()
-    gated = any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
+    inside = run.network.spec.experts > 1 and run.network.router is None  # its blocks choose by themselves
+    gated = inside or any(stage.name in ("gate", "joint") for stage in run.config.stages[: run.progress.stage + 1])
     mine = run.data.validation[run.ranks.rank :: run.ranks.world]
-    scores = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated)))
+    drawn: list[_Seen] = []
+    found = run.ranks.gather(list(_validation_scores(Predictor(candidate, str(run.device)), mine, gated, drawn)))
+    for failure in (item for item in found if isinstance(item, Failure)):
+        run.emit({"event": "left out", "case": failure.name, "reason": failure.reason})
+    scores = [item for item in found if not isinstance(item, Failure)]
     means = {
         key: float(np.mean([dice[key] for _, dice in scores if key in dice])) for _, dice in scores for key in dice
     }
@@ -375,13 +438,16 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
         if better:
             candidate.replace(best)
         candidate.unlink(missing_ok=True)
+    overall = run.config.steps_before(run.progress.stage) + run.progress.step
+    if run.ranks.rank == 0 and drawn:
+        _draw(run.folder / "previews" / f"step_{overall}.png", drawn, run.data.spec)
     run.emit(
         {
             "event": "validated",
             "stage": stage.name,
             "number": run.progress.stage,
             "step": run.progress.step,
-            "overall": run.config.steps_before(run.progress.stage) + run.progress.step,
+            "overall": overall,
             "score": round(score, 4),
             "best": better,
             "dice": {key: round(value, 4) for key, value in means.items()},
@@ -391,17 +457,36 @@ def _validate(run: _Run, stage: Stage, network: torch.nn.Module) -> None:
 
 
 def _validation_scores(
-    predictor: Predictor, sources: Sequence[CaseSource], gated: bool
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """Name and Dice by structure of each case; until there is a gate, the right expert is named."""
+    predictor: Predictor, sources: Sequence[CaseSource], gated: bool, drawn: list[_Seen]
+) -> Iterator[tuple[str, dict[str, float]] | Failure]:
+    """Name and Dice by structure of each case, the first of which go to `drawn`.
+
+    Until there is a gate, the right expert is named.
+    """
     keys = predictor.spec.label_keys
     for source in sources:
-        image, truth = source.load()
+        loaded = load_or_fail(source)
+        if isinstance(loaded, Failure):
+            yield loaded
+            continue
+        image, truth = loaded
         if truth is None:
             continue
         labels, _ = predictor(image, "auto" if gated else predictor.spec.expert_names[source.expert])
-        dice = dice_scores(labels.array, truth.array, len(keys))
+        counted = as_annotated(keys, source.annotated)
+        values = np.array([0, *predictor.spec.labels_of(list(counted.values()))], np.uint8)
+        if len(drawn) < _PREVIEWS:
+            drawn.append((source.name, image, truth, labels))
+        dice = dice_scores(values[labels.array], truth.array, len(keys))
         yield source.name, {keys[label]: value for label, value in dice.items() if keys[label] in source.annotated}
+
+
+def _draw(path: Path, cases: Sequence[_Seen], spec: ModelSpec) -> None:
+    """Draws what was found in validation cases, where the packages for that are installed."""
+    with suppress(ImportError):
+        from ..preview import Comparison, write_comparison
+
+        write_comparison(path, [Comparison(*case) for case in cases], spec.label_keys)
 
 
 def _save(run: _Run, learner: torch.nn.Module, *memory: Mapping[str, Tensor]) -> None:
@@ -409,6 +494,12 @@ def _save(run: _Run, learner: torch.nn.Module, *memory: Mapping[str, Tensor]) ->
         tensors = {f"learner.{key}": value for key, value in learner.state_dict().items()}
         tensors |= {f"best.{key}": value for key, value in run.best.items()}
         save_checkpoint(run.folder / "checkpoint.safetensors", run.progress, tensors | dict(*memory))
+
+
+def _save_amid(run: _Run, learner: torch.nn.Module, average: AveragedModel, optimiser: torch.optim.Optimizer) -> None:
+    """Saves what the next step of the stage needs."""
+    averages = {f"average.{key}": value for key, value in average.state_dict().items()}
+    _save(run, learner, averages | optimiser_tensors(optimiser))
 
 
 def _finish_stage(run: _Run, learner: MoESwinUNet, average: AveragedModel) -> None:

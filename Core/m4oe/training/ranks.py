@@ -83,8 +83,10 @@ def joined_ranks() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    cuda = torch.cuda.is_available()
+    if cuda:  # else what is gathered of all processes would lie on the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), world)
     except dist.DistError as error:

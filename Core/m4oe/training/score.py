@@ -1,4 +1,7 @@
-"""How a model scores on cases that training never saw, routed as any volume is."""
+"""How a model scores on cases that training never saw, routed as any volume is whose header tells the modality.
+
+Images come with the modality of their plan; volumes of other formats than DICOM may leave the choice to the gate alone.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..evaluation import Score, evaluate_case
+from ..evaluation import Score, as_annotated, evaluate_case
 from ..package import load_model, save_model
 from ..predictor import Predictor
-from .cache import CaseSource
+from .cache import CaseSource, Failure, load_or_fail
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,10 @@ def score_model(
 ) -> list[CaseResult]:
     """Scores a model on cases and writes its mean Dice per expert and structure into its file.
 
-    Scores of experts that have no case here stay.
+    Scores of experts that have no case here stay. A case that cannot be read is told as an event and left out.
     """
     results = []
-    for result in _results(Predictor(model, device), sources):
+    for result in _results(Predictor(model, device), sources, emit):
         results.append(result)
         dice = {key: round(value, 4) for key, value in result.dice.items()}
         emit({"event": "scored", "case": result.case, "expert": result.expert, "gate": result.gate, "dice": dice})
@@ -65,11 +68,18 @@ def mean_dice(results: Iterable[CaseResult]) -> dict[str, dict[str, float]]:
     return {expert: {key: round(fmean(dice), 3) for key, dice in by.items()} for expert, by in found.items()}
 
 
-def _results(predictor: Predictor, sources: Sequence[CaseSource]) -> Iterator[CaseResult]:
+def _results(
+    predictor: Predictor, sources: Sequence[CaseSource], emit: Callable[[dict[str, Any]], None]
+) -> Iterator[CaseResult]:
     keys, experts = predictor.spec.label_keys, predictor.spec.expert_names
     for source in sources:
-        image, truth = source.load()
+        loaded = load_or_fail(source)
+        if isinstance(loaded, Failure):
+            emit({"event": "left out", "case": loaded.name, "reason": loaded.reason})
+            continue
+        image, truth = loaded
         assert truth is not None  # cases are held back with their labels
         labels, report = predictor(image)
-        scores = evaluate_case(labels, truth, keys, annotated=source.annotated, case=source.name)
+        counted = as_annotated(keys, source.annotated)
+        scores = evaluate_case(labels, truth, keys, counted, source.annotated, case=source.name)
         yield CaseResult(source.name, experts[source.expert], report.gate, tuple(scores))

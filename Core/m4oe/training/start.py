@@ -83,7 +83,10 @@ def load_expert(network: MoESwinUNet, structures: Sequence[str], source: str) ->
         for mine, theirs in [(0, 0), *labels]:
             head[mine] = weights["head.weight"][theirs]
     weights["head.weight"] = head
-    _load(network, weights, source, "take a preset of the model's sizes")
+    cure = "take a preset of the model's sizes"
+    _load(network, weights, source, cure)
+    if missing := sorted(network.state_dict().keys() - weights.keys()):
+        raise ValueError(f"{source} lacks {len(missing)} tensors of the network, first {missing[0]}; {cure}")
 
 
 def start_network(source: str, config: TrainConfig, structures: Sequence[str]) -> MoESwinUNet:

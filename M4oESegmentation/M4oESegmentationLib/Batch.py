@@ -1,0 +1,211 @@
+"""Many cases from a folder or a table: `m4oe segment` in the worker's Python, and what it says in a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import qt
+import slicer
+import slicer.util
+from slicer.i18n import tr as _
+
+from . import Worker
+from .Errors import errorsShown
+from .Process import Process
+from .Run import Choices
+
+FORMATS = {"seg.nrrd": "Segmentation (.seg.nrrd)", "nii.gz": "NIfTI (.nii.gz)", "dcm": "DICOM SEG (.dcm)"}
+
+
+class Batch:
+    """A batch under way. Ask `poll` from a timer until it says that all is done.
+
+    Attributes:
+        fraction: Done of all cases.
+        sentence: How far it is, or how it ended.
+        error: Why it could not do what was asked; None while all is well.
+        stopped: Whether the user ended it.
+    """
+
+    def __init__(self, table: Any, source: str, folder: str, fileFormat: str, pictures: bool, choices: Choices) -> None:
+        """Starts it.
+
+        Args:
+            table: Widget that shows the cases.
+            source: Folder of volumes, or table of them.
+            folder: For the results.
+            fileFormat: One of `FORMATS`.
+            pictures: Whether each case gets a picture.
+            choices: Model, expert, structures, quality and device.
+
+        Raises:
+            ValueError: Something that was given cannot be used.
+        """
+        if not source or not Path(source).exists():
+            raise ValueError(_("Choose a folder of volumes or a table (.csv) as the input of the batch."))
+        if not folder:
+            raise ValueError(_("Choose a folder for the results of the batch."))
+        if Worker.place() == Worker.SSH:
+            raise ValueError(
+                _("A batch runs on this machine, where the files are. Choose another place under Advanced.")
+            )
+        words = ["segment", source, "-o", folder, "--format", fileFormat, "--json", "--resume"]
+        words += ["--model", choices.model, "--expert", choices.expert, "--device", choices.device]
+        words += ["--quality", choices.quality, "--structures", ",".join(choices.structures)]
+        self._process = Process(Worker.command(*words, *(["--preview"] if pictures else [])), Worker.environment())
+        self._table = table
+        table.setRowCount(0)
+        table.setColumnCount(2)
+        table.setHorizontalHeaderLabels([_("Case"), _("Result")])
+        table.horizontalHeader().setStretchLastSection(True)
+        self._rows: dict[str, int] = {}
+        self._number, self._of = 0, 1
+        self.fraction, self.sentence = 0.0, _("Starting")
+        self.error: str | None = None
+        self.stopped = False
+
+    def poll(self) -> bool:
+        """Shows what happened; whether all is done."""
+        ended = self._process.done()
+        for line in self._process.lines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            self._show(event)
+        if ended and self._process.code not in (0, 1):
+            words = [text for text in self._process.tail if text.strip()]
+            self.error = "\n".join(words[-8:]) or _("The batch ended with code {code}.").format(code=self._process.code)
+        return ended
+
+    def stop(self) -> None:
+        """Ends it; the cases that are done stay, and the next start goes on after them."""
+        self.stopped = True
+        self._process.stop()
+
+    def _show(self, event: dict[str, Any]) -> None:
+        case = event.get("case", "")
+        match event.get("event"):
+            case "case":
+                self._number, self._of = event["number"], event["of"]
+                self._tell(case, _("working"))
+                self.sentence = _("Case {number} of {count}: {case}").format(
+                    number=self._number, count=self._of, case=case
+                )
+                self.fraction = (self._number - 1) / self._of
+            case "progress":
+                if event["phase"] == "segment":
+                    self.fraction = (self._number - 1 + event["fraction"]) / self._of
+            case "done":
+                found = event["report"]["volumes_ml"]
+                warnings = len(event["report"]["warnings"])
+                self._tell(
+                    case, _("{found} structures, {warnings} warnings").format(found=len(found), warnings=warnings)
+                )
+            case "skipped":
+                reasons = {"done": _("done before"), "label map": _("left out: it is a label map")}
+                self._tell(case, reasons.get(event["reason"], event["reason"]))
+            case "failed":
+                self._tell(case, _("failed: {error}").format(error=event["error"]))
+            case "end":
+                self.fraction = 1.0
+                self.sentence = _("{done} done, {skipped} skipped, {failed} failed").format(**event)
+
+    def _tell(self, case: str, text: str) -> None:
+        if case not in self._rows:
+            self._rows[case] = self._table.rowCount
+            self._table.setRowCount(self._table.rowCount + 1)
+            self._table.setItem(self._rows[case], 0, qt.QTableWidgetItem(case))
+        item = qt.QTableWidgetItem(text)
+        item.setToolTip(text)
+        self._table.setItem(self._rows[case], 1, item)
+
+
+class BatchSection:
+    """The panel's part for batches."""
+
+    def __init__(self, ui: Any, choices: Callable[[], Choices], changed: Callable[[], None]) -> None:
+        """Connects the widgets.
+
+        Args:
+            ui: The panel's widgets.
+            choices: Gives what is chosen in the panel.
+            changed: Called when a batch has begun or ended.
+        """
+        self._ui, self._choices, self._changed = ui, choices, changed
+        self.batch: Batch | None = None
+        for key, label in FORMATS.items():
+            ui.batchFormatSelector.addItem(label, key)
+        ui.batchDicomButton.connect("clicked()", self._takeSelection)
+        ui.batchStartButton.connect("clicked()", self._start)
+        ui.batchStopButton.connect("clicked()", self.stop)
+
+    def showState(self, possible: bool) -> None:
+        """Enables the buttons; `possible` says whether there is a model."""
+        self._ui.batchStartButton.enabled = self.batch is None and possible
+        self._ui.batchStopButton.enabled = self.batch is not None
+
+    def poll(self) -> bool:
+        """Shows how far it is; whether a batch is under way."""
+        if self.batch is None:
+            return False
+        ended = self.batch.poll()
+        self._ui.batchProgressBar.value = round(100 * self.batch.fraction)
+        self._ui.batchStatusLabel.text = self.batch.sentence
+        if ended:
+            self._end()
+        return not ended
+
+    def stop(self) -> None:
+        if self.batch is not None:
+            self.batch.stop()
+
+    def _start(self) -> None:
+        ui = self._ui
+        with errorsShown(_("The batch could not be started.")):
+            places = (ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath)
+            fileFormat, pictures = ui.batchFormatSelector.currentData, ui.batchPicturesCheckBox.checked
+            self.batch = Batch(ui.batchTable, *places, fileFormat, pictures, self._choices())
+            for edit in (ui.batchInputEdit, ui.batchOutputEdit):
+                edit.addCurrentPathToHistory()
+            self._changed()
+
+    def _end(self) -> None:
+        batch, self.batch = self.batch, None
+        if batch.error:
+            self._ui.batchStatusLabel.text = _("The batch ended early; start it again to go on.")
+            if not batch.stopped:
+                slicer.util.errorDisplay(_("The batch ended early.") + f"\n\n{batch.error}")
+        self._changed()
+
+    def _takeSelection(self) -> None:
+        with errorsShown(_("The selection cannot be taken.")):
+            self._ui.batchInputEdit.currentPath = tableOfSelectedSeries()
+
+
+def tableOfSelectedSeries() -> str:
+    """A table of the series that are selected in Slicer's DICOM browser, for a batch.
+
+    Raises:
+        ValueError: None is selected.
+    """
+    browser = slicer.modules.dicom.widgetRepresentation().self().browserWidget.dicomBrowser
+    series = list(browser.dicomTableManager().currentSeriesSelection())
+    files = {uid: slicer.dicomDatabase.filesForSeries(uid) for uid in series}
+    rows = [(paths[0], uid) for uid, paths in files.items() if paths]
+    if not rows:
+        raise ValueError(_("No series is selected. Select series in the module DICOM, then press this button again."))
+    return writeTable(rows)
+
+
+def writeTable(rows: Sequence[tuple[str, str]]) -> str:
+    """Writes a table with an input and a case in each row, and returns its path."""
+    path = Path(tempfile.mkdtemp(prefix="m4oe-"), "batch.csv")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("input", "case"), *rows])
+    return str(path)

@@ -1,0 +1,84 @@
+"""A command of m4oe that runs beside Slicer; its lines are read when somebody asks, so nothing freezes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+
+_TAIL = 30  # lines of its last words
+
+
+class Process:
+    """A running command.
+
+    Attributes:
+        tail: Last lines that it wrote to its standard error.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Starts it.
+
+        Raises:
+            ValueError: The command does not exist.
+        """
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**(os.environ if environment is None else environment), "PYTHONIOENCODING": "utf-8"},
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+        except OSError as error:
+            raise ValueError(f"{command[0]} cannot be started: {error.strerror}. Choose another Python.") from error
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self.tail: deque[str] = deque(maxlen=_TAIL)
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._process.stdout, self._lines.put), daemon=True),
+            threading.Thread(target=self._read, args=(self._process.stderr, self.tail.append), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: object, take: object) -> None:
+        with stream:
+            for line in stream:
+                take(line.rstrip("\r\n"))
+
+    def lines(self) -> list[str]:
+        """What it wrote to its standard output since the last call."""
+        found = []
+        with suppress(Empty):
+            while True:
+                found.append(self._lines.get_nowait())
+        return found
+
+    def done(self) -> bool:
+        """Whether it has ended and all of its lines are there."""
+        return self._process.poll() is not None and not any(reader.is_alive() for reader in self._readers)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code."""
+        return self._process.returncode
+
+    def stop(self) -> None:
+        """Asks it to end; what it wrote stays whole."""
+        with suppress(OSError):
+            if sys.platform == "win32":
+                subprocess.run(
+                    ["taskkill", "/T", "/F", "/PID", str(self._process.pid)], capture_output=True, check=False
+                )
+            else:
+                os.killpg(self._process.pid, signal.SIGTERM)

@@ -1,0 +1,145 @@
+"""Installs what the worker needs, when the user asks for it, and without replacing what is Slicer's."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import qt
+import slicer
+import slicer.util
+from slicer.i18n import tr as _
+
+from . import Worker
+from .Errors import errorsShown
+from .Process import Process
+
+_PYTORCH = "PyTorch"  # Slicer's extension that brings torch
+
+
+def doctor() -> Process:
+    """Starts the examination of the Python that the worker runs in.
+
+    Raises:
+        ValueError: That Python cannot be started.
+    """
+    return Process(Worker.command("doctor"), Worker.environment())
+
+
+def importBundle(path: str) -> Process:
+    """Starts the installation from a bundle.
+
+    Raises:
+        ValueError: The worker's Python cannot be started.
+    """
+    return Process(Worker.command("bundle", "import", path), Worker.environment())
+
+
+def install() -> str:
+    """Installs PyTorch by Slicer's extension and the rest by pip under constraints; returns what to tell the user.
+
+    Raises:
+        RuntimeError: Something could not be installed.
+    """
+    if not _hasPyTorch():
+        return _installExtension()
+    _installTorch()
+    from m4oe.install import constraints, missing
+
+    wanted = [str(requirement) for requirement in missing()]
+    if not wanted:
+        return _("All packages are there.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "constraints.txt")
+        path.write_text(constraints(), encoding="utf-8")
+        _pipInstall(wanted, path)
+    return _("Installed: {packages}").format(packages=", ".join(wanted))
+
+
+def _hasPyTorch() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("PyTorchUtils") is not None
+
+
+def _installExtension() -> str:
+    manager = slicer.app.extensionsManagerModel()
+    if not manager.installExtensionFromServer(_PYTORCH):
+        raise RuntimeError(
+            _("The extension PyTorch could not be installed. Without a network, import a bundle instead.")
+        )
+    return _("The extension PyTorch is installed. Restart Slicer, then press Install again.")
+
+
+def _installTorch() -> None:
+    import PyTorchUtils
+
+    logic = PyTorchUtils.PyTorchUtilsLogic()
+    if logic.torchInstalled():
+        return
+    wanted = {"askConfirmation": False, "torchVersionRequirement": ">=2.7"}
+    known = inspect.signature(logic.installTorch).parameters  # they have changed between versions
+    if logic.installTorch(**{name: value for name, value in wanted.items() if name in known}) is None:
+        raise RuntimeError(_("PyTorch was not installed."))
+
+
+def _pipInstall(packages: list[str], constraints: Path) -> None:
+    try:
+        from slicer import packaging
+    except ImportError:  # before Slicer 5.12
+        slicer.util.pip_install([*packages, "--constraint", str(constraints)])
+        return
+    packaging.pip_install(packages, constraints=constraints, requester="M4oE")
+
+
+class SetupSection:
+    """The panel's part for installation and doctor."""
+
+    def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
+        """Connects the widgets; `changed` is called when something has begun or ended."""
+        self._ui, self._changed = ui, changed
+        self.process: Process | None = None
+        ui.doctorButton.connect("clicked()", lambda: self._begin(doctor))
+        ui.installButton.connect("clicked()", self._install)
+        ui.bundleButton.connect("clicked()", self._importBundle)
+        ui.copyButton.connect("clicked()", self._copy)
+
+    def showState(self) -> None:
+        for button in (self._ui.doctorButton, self._ui.installButton, self._ui.bundleButton):
+            button.enabled = self.process is None
+
+    def poll(self) -> bool:
+        """Shows what it said when it has ended; whether something is under way."""
+        if self.process is None or not self.process.done():
+            return self.process is not None
+        process, self.process = self.process, None
+        self._ui.doctorText.setPlainText("\n".join([*process.lines(), *process.tail]))
+        self._changed()
+        return False
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stop()
+
+    def _begin(self, start: Callable[[], Process]) -> None:
+        with errorsShown(_("That could not be started.")):
+            self.process = start()
+            self._ui.doctorText.setPlainText(_("Working; this may take a minute."))
+            self._changed()
+
+    def _importBundle(self) -> None:
+        path = qt.QFileDialog.getOpenFileName(None, _("Import a bundle"), "", _("Bundles (*.zip)"))
+        if path:
+            self._begin(lambda: importBundle(path))
+
+    def _install(self) -> None:
+        question = _("PyTorch and a few small packages are downloaded (up to 4 GB) and installed into Slicer's Python.")
+        if slicer.util.confirmOkCancelDisplay(question + "\n\n" + _("What Slicer brings is not replaced. Go on?")):
+            with errorsShown(_("The installation failed.")):
+                self._ui.doctorText.setPlainText(install())
+
+    def _copy(self) -> None:
+        slicer.app.clipboard().setText(self._ui.doctorText.plainText)

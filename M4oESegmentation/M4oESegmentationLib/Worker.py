@@ -1,0 +1,149 @@
+"""Which Python works for Slicer: its own, another one, or one on another machine. A setting of the machine."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import qt
+import slicer.util
+from slicer.i18n import tr as _
+
+from .Errors import errorsShown
+
+if TYPE_CHECKING:
+    from m4oe.client import Client
+
+SLICER, PYTHON, SSH = "slicer", "python", "ssh"
+
+
+def labels() -> dict[str, str]:
+    """The places where a worker can run, for people."""
+    return {SLICER: _("Slicer's Python"), PYTHON: _("Another Python"), SSH: _("Another machine (ssh)")}
+
+
+def setting(name: str, default: str) -> str:
+    """A setting of M4oE: "worker" (a place), "python", "host", "device"."""
+    return slicer.util.settingsValue(f"M4oE/{name}", default)
+
+
+def setSetting(name: str, value: str) -> None:
+    qt.QSettings().setValue(f"M4oE/{name}", value)
+
+
+def place() -> str:
+    found = setting("worker", SLICER)
+    return found if found in labels() else SLICER
+
+
+def python() -> str:
+    """The interpreter on this machine that runs m4oe; Slicer's own comes through its launcher.
+
+    Raises:
+        ValueError: None is named.
+    """
+    if place() != PYTHON:
+        return shutil.which("PythonSlicer") or sys.executable
+    if not setting("python", ""):
+        raise ValueError(_("No Python is named. Choose its file under Advanced, Python."))
+    return setting("python", "")
+
+
+def environment() -> Mapping[str, str] | None:
+    """Variables of the process; Slicer's own would mislead another Python."""
+    return None if place() == SLICER else slicer.util.startupEnvironment()
+
+
+def command(*words: str) -> list[str]:
+    """A command of m4oe, such as "doctor", in the worker's Python on this machine or on the other one.
+
+    Raises:
+        ValueError: No Python or no host is named.
+    """
+    from m4oe.client import worker_command
+
+    if place() != SSH:
+        return [*worker_command(python())[:-1], *words]
+    if not setting("host", ""):
+        raise ValueError(_("No host is named. Type its name under Advanced, Host, such as user@host."))
+    return ["ssh", "-o", "BatchMode=yes", setting("host", ""), "m4oe", *words]
+
+
+def newClient() -> Client:
+    """A client of the worker that the settings name; nothing is started yet.
+
+    Raises:
+        ValueError: No Python or no host is named.
+    """
+    from m4oe.client import Client
+
+    return Client(command("worker"), environment())
+
+
+class WorkerSection:
+    """The panel's part for the worker: where it runs, and on which device."""
+
+    def __init__(self, ui: Any, client: Callable[[], Client], changed: Callable[[], None]) -> None:
+        """Connects the widgets and shows the settings.
+
+        Args:
+            ui: The panel's widgets.
+            client: Gives the client of the worker.
+            changed: Called when something has changed.
+        """
+        self._ui, self._client, self._changed = ui, client, changed
+        self.job: Any = None
+        for where, label in labels().items():
+            ui.workerSelector.addItem(label, where)
+        ui.workerSelector.currentIndex = ui.workerSelector.findData(place())
+        ui.pythonPathEdit.currentPath = setting("python", "")
+        ui.hostEdit.text = setting("host", "")
+        self._showDevices(())
+        ui.refreshDevicesButton.connect("clicked()", self._ask)
+        ui.deviceSelector.connect("activated(int)", self.save)
+        ui.workerSelector.connect("activated(int)", self.save)
+        ui.pythonPathEdit.connect("currentPathChanged(QString)", self.save)
+        ui.hostEdit.connect("editingFinished()", self.save)
+
+    def save(self, *what: Any) -> None:
+        """Keeps what is chosen in the settings of this machine."""
+        ui = self._ui
+        setSetting("device", ui.deviceSelector.currentData or "auto")
+        setSetting("worker", ui.workerSelector.currentData)
+        setSetting("python", ui.pythonPathEdit.currentPath)
+        setSetting("host", ui.hostEdit.text.strip())
+        self._changed()
+
+    def showState(self) -> None:
+        where = self._ui.workerSelector.currentData
+        self._ui.pythonPathEdit.enabled, self._ui.hostEdit.enabled = where == PYTHON, where == SSH
+
+    def poll(self) -> bool:
+        """Shows the devices when the worker has answered; whether it is still asked."""
+        if self.job is None or not self.job.done():
+            return self.job is not None
+        job, self.job = self.job, None
+        with errorsShown(_("The worker cannot be asked for its devices.")):
+            info = job.result()
+            self._showDevices(info.devices)
+            self._ui.statusLabel.text = info.problem
+        self._changed()
+        return False
+
+    def _ask(self) -> None:
+        with errorsShown(_("The worker cannot be asked for its devices.")):
+            self.job = self._client().begin_info()
+            self._changed()
+
+    def _showDevices(self, devices: Sequence[Any]) -> None:
+        selector, chosen = self._ui.deviceSelector, setting("device", "auto")
+        selector.clear()
+        selector.addItem(_("Automatic"), "auto")
+        for device in devices:
+            text = _("{name}, {free:.1f} GB free").format(name=device.description, free=device.free_mib / 1024)
+            selector.addItem(text, device.name)
+        if selector.findData(chosen) < 0:
+            selector.addItem(chosen, chosen)
+        selector.currentIndex = selector.findData(chosen)

@@ -1,0 +1,75 @@
+"""A model on chosen cases: `m4oe segment`, then `m4oe evaluate`, in the worker's Python; a table of the scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import qt
+from m4oe.labels import structure
+from M4oESegmentationLib import Worker
+from M4oESegmentationLib.Process import Process
+from slicer.i18n import tr as _
+
+_METRICS = {"dice": "{:.3f}", "nsd": "{:.3f}", "hd95_mm": "{:.1f}"}
+
+
+class Evaluation:
+    """An evaluation under way. Ask `poll` from a timer until it says that all is done.
+
+    Attributes:
+        sentence: What it does, or how it ended.
+        error: Why it could not; None while all is well.
+        scores: Mean Dice by structure, at the end.
+    """
+
+    def __init__(self, model: str, images: str, truth: str, folder: str, device: str) -> None:
+        """Starts it.
+
+        Raises:
+            ValueError: Something that was given cannot be used.
+        """
+        for path, what in ((images, _("the volumes")), (truth, _("the true segmentations"))):
+            if not path or not Path(path).exists():
+                raise ValueError(_("Choose the folder of {what}.").format(what=what))
+        if not folder or not model:
+            raise ValueError(_("Choose a model and a folder for the results of the evaluation."))
+        self._folder = Path(folder)
+        found = str(self._folder / "segmentations")
+        segment = ["segment", images, "-o", found, "--model", model, "--device", device]
+        self._commands = [["evaluate", found, truth, "-o", str(self._folder / "scores")]]
+        self._process = Process(Worker.command(*segment), Worker.environment())
+        self.sentence, self.error = _("Segmenting the cases"), None
+        self.scores: dict[str, float] = {}
+
+    def poll(self) -> bool:
+        """Goes on; whether all is done."""
+        if not self._process.done():
+            return False
+        if self._process.code not in (0, 1):
+            self.error = "\n".join([line for line in self._process.tail if line.strip()][-6:])
+            return True
+        if self._commands:
+            self._process = Process(Worker.command(*self._commands.pop(0)), Worker.environment())
+            self.sentence = _("Scoring the cases")
+            return False
+        self.sentence = _("The scores are in {folder}").format(folder=self._folder / "scores")
+        return True
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def fill(self, table: Any) -> None:
+        """Shows the means by structure."""
+        model = json.loads((self._folder / "scores" / "summary.json").read_text(encoding="utf-8"))["models"][0]
+        table.setColumnCount(5)
+        table.setHorizontalHeaderLabels([_("Structure"), _("Cases"), _("Dice"), _("NSD"), _("HD95 (mm)")])
+        table.setRowCount(len(model["structures"]))
+        for row, (key, entry) in enumerate(model["structures"].items()):
+            means = {metric: (entry[metric] or {}).get("mean") for metric in _METRICS}
+            texts = ["-" if means[metric] is None else form.format(means[metric]) for metric, form in _METRICS.items()]
+            for column, text in enumerate([structure(key).name, str(entry["in_truth"]), *texts]):
+                table.setItem(row, column, qt.QTableWidgetItem(text))
+            if means["dice"] is not None:
+                self.scores[structure(key).name] = means["dice"]

@@ -1,0 +1,113 @@
+"""A run in the panel: its state, progress, scores and pictures, brought up to date by a timer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import qt
+from m4oe.labels import structure
+from m4oe.training_run import Progress, Run
+from slicer.i18n import tr as _
+
+from . import Runs
+from .Curves import Curves
+
+
+class RunView:
+    """Shows a run in the panel's widgets.
+
+    Attributes:
+        run: The run.
+        state: As `Run.state` said at the last look.
+        curves: Loss, and Dice per structure.
+    """
+
+    def __init__(self, folder: str, ui: Any) -> None:
+        self.run = Run(folder)
+        self._ui = ui
+        self._offset, self._progress = 0, Progress()
+        self._words = ""
+        self._picture = Path()
+        self.state = ""
+        name = Path(folder).name
+        self.curves = {
+            "loss": Curves(_("Loss of {name}").format(name=name), _("Loss")),
+            "dice": Curves(_("Dice of {name}").format(name=name), _("Dice")),
+        }
+        ui.diceTable.setRowCount(0)
+        ui.diceTable.setColumnCount(3)
+        ui.diceTable.setHorizontalHeaderLabels([_("Structure"), _("Dice"), _("Best")])
+        ui.diceTable.horizontalHeader().setStretchLastSection(True)
+        ui.previewLabel.clear()
+        self._best: dict[str, float] = {}
+
+    @property
+    def model(self) -> Path:
+        """Where its model is when it is finished."""
+        return self.run.folder / "model.safetensors"
+
+    def poll(self) -> bool:
+        """Shows what is new; whether it has just finished."""
+        before = self.state
+        self.run.enforce()
+        self.state = self.run.state()
+        events, self._offset = self.run.events_since(self._offset)
+        for event in events:
+            self._take(event)
+        for curves in self.curves.values():
+            curves.update()
+        if events or self.state != before:
+            self._showProgress()
+        if events:
+            self._showPicture()
+        return self.state == "finished" != before
+
+    def close(self) -> None:
+        """Takes its curves out of the scene."""
+        for curves in self.curves.values():
+            curves.remove()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        self._progress.take(event)
+        match event["event"]:
+            case "step":
+                self.curves["loss"].take(event["overall"], event["loss"])
+                self._words = ""
+            case "validated":
+                dice = {structure(key).name: value for key, value in event["dice"].items()}
+                self.curves["dice"].take(event["overall"], dice)
+                self._showDice(dice)
+            case "phantoms":
+                self._words = _("Phantoms {made} of {of}").format(made=event["made"], of=event["of"])
+            case "scored":
+                self._words = _("Scores the model: {case}").format(case=event["case"])
+            case "finished" | "scores":
+                self._words = ""
+
+    def _showDice(self, dice: dict[str, float]) -> None:
+        table = self._ui.diceTable
+        table.setRowCount(len(dice))
+        for row, (name, value) in enumerate(dice.items()):
+            self._best[name] = max(value, self._best.get(name, 0.0))
+            for column, text in enumerate((name, f"{value:.3f}", f"{self._best[name]:.3f}")):
+                table.setItem(row, column, qt.QTableWidgetItem(text))
+
+    def _showProgress(self) -> None:
+        ui, progress = self._ui, self._progress
+        ui.progressBar.value = round(100 * progress.fraction)
+        parts = [Runs.stateLabel(self.run, self.state)]
+        if self.state == "running":
+            parts.append(self._words or (progress.stage and _("stage {stage}").format(stage=progress.stage)))
+            if progress.seconds_left and not self._words:
+                parts.append(_("about {time} left").format(time=Runs.duration(progress.seconds_left)))
+            if not progress.stage and not self._words:
+                parts.append(_("prepares the cases"))
+        ui.statusLabel.text = "; ".join(part for part in parts if part)
+
+    def _showPicture(self) -> None:
+        pictures = sorted(self.run.folder.glob("previews/step_*.png"), key=lambda path: int(path.stem[5:]))
+        if pictures and pictures[-1] != self._picture:
+            self._picture = pictures[-1]
+            pixmap = qt.QPixmap(str(self._picture))
+            self._ui.previewLabel.setPixmap(pixmap.scaledToWidth(420, qt.Qt.SmoothTransformation))

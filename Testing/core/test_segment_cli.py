@@ -1,0 +1,84 @@
+"""Slicer's command-line module: its description and its script agree, and the script segments."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import m4oe
+import numpy as np
+import pytest
+from m4oe.files import read_volume, write_volume
+from m4oe.training.phantom import make_phantom
+
+FOLDER = Path(__file__).resolve().parents[2] / "M4oESegmentCLI"
+SCRIPT = FOLDER / "M4oESegmentCLI.py"
+
+
+def parameters() -> list[ElementTree.Element]:
+    root = ElementTree.parse(FOLDER / "M4oESegmentCLI.xml").getroot()
+    assert root.tag == "executable"
+    return [entry for group in root.iter("parameters") for entry in group if entry.find("name") is not None]
+
+
+def actions() -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("M4oESegmentCLI", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {action.dest: action for action in module.parser()._actions if action.dest != "help"}
+
+
+def test_the_description_has_what_slicer_requires() -> None:
+    root = ElementTree.parse(FOLDER / "M4oESegmentCLI.xml").getroot()
+    assert all(root.findtext(tag) for tag in ("category", "title", "description", "version", "contributor", "license"))
+    assert root.findtext("version") == m4oe.__version__
+    for entry in parameters():
+        assert entry.findtext("label") and entry.findtext("description")
+        assert entry.tag not in ("image", "file") or entry.findtext("channel") in ("input", "output")
+
+
+def test_the_script_takes_the_parameters_of_the_description() -> None:
+    known, described = actions(), {entry.findtext("name"): entry for entry in parameters()}
+    assert known.keys() == described.keys()
+    for name, entry in described.items():
+        flag, index = entry.findtext("longflag"), entry.findtext("index")
+        assert (flag is None) != (index is None)
+        assert known[name].option_strings == ([flag] if flag else [])
+        assert (known[name].default or "") == (entry.findtext("default") or "")
+    places = [entry.findtext("name") for entry in parameters() if entry.find("index") is not None]
+    assert places == [name for name, action in known.items() if not action.option_strings]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(m4oe.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def test_the_script_segments_a_phantom(tmp_path: Path) -> None:
+    phantom = make_phantom(2026, "ct")
+    write_volume(tmp_path / "in.nrrd", phantom.image)
+    out, table = tmp_path / "out.nrrd", tmp_path / "colors.csv"
+    wanted = ["--structures", "liver,spleen", "--device", "cpu", "--color-table", table]
+    done = run(tmp_path / "in.nrrd", out, *wanted)
+    assert done.returncode == 0, done.stderr
+    labels = read_volume(out)
+    assert labels.grid.is_close(phantom.image.grid) and np.count_nonzero(np.unique(labels.array)) == 2
+    names = [line.split(",")[1] for line in table.read_text(encoding="utf-8").splitlines()]
+    assert names[0] == "Name" and sorted(names[1:]) == ["Liver", "Spleen"]
+    fractions = [float(text) for text in re.findall("<filter-progress>(.*)</filter-progress>", done.stdout)]
+    assert fractions == sorted(fractions) and fractions[-1] == pytest.approx(1)
+    assert "<filter-start>" in done.stdout and "<filter-end>" in done.stdout
+
+
+def test_the_script_says_what_is_wrong(tmp_path: Path) -> None:
+    failed = run(tmp_path / "none.nrrd", tmp_path / "out.nrrd", "--device", "cpu")
+    assert failed.returncode == 1 and "There is no file or folder" in failed.stderr
+    assert "Traceback" not in failed.stderr and "<filter-end>" not in failed.stdout

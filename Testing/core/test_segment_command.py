@@ -1,0 +1,288 @@
+"""`m4oe segment` with many cases: tables, events, resuming, the log, DICOM series and DICOM SEG."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import m4oe.predictor as predictor
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from m4oe.__main__ import main
+from m4oe.files import read_volume
+from m4oe.labels import structure
+from m4oe.network.unet import MoESwinUNet
+from m4oe.package import save_model
+from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from scipy.ndimage import gaussian_filter
+
+SPEC = ModelSpec(
+    name="tiny",
+    version="1",
+    network=NetworkSpec(experts=2, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, top_k=1),
+    structures=("liver", "kidney_left", "liver_tumor"),
+    experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR")),
+    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
+    pixel_mm=2.0,
+    slice_mm=3.0,
+)
+Segment = Callable[..., int]
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = MoESwinUNet(SPEC.network, len(SPEC.structures) + 1)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    save_model(path, network, SPEC)
+    return path
+
+
+@pytest.fixture
+def segment(model: Path, tmp_path: Path) -> Segment:
+    common = ["-o", str(tmp_path / "out"), "--model", str(model), "--device", "cpu"]
+    return lambda *arguments: main(["segment", *map(str, arguments), *common])
+
+
+def an_image(seed: int = 0) -> sitk.Image:
+    field = gaussian_filter(np.random.default_rng(seed).standard_normal((8, 16, 20)), 1.5)
+    image = sitk.GetImageFromArray((4000 * field).astype(np.int16))
+    image.SetSpacing([1.5, 1.5, 2.0])
+    return image
+
+
+def saved(path: Path, image: sitk.Image | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image or an_image(), str(path))
+    return path
+
+
+def a_table(path: Path, *rows: dict[str, Any]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def a_series(folder: Path, uid: str = "1.2.3", seed: int = 0) -> Path:
+    """A CT with all tags that DICOM SEG needs; gives back a file from its middle."""
+    image = an_image(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(image.GetSize()[2]):
+        plane = image[:, :, index]
+        tags = {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+            "0008|0018": f"{uid}.{index + 1}",
+            "0008|0020": "20200101",
+            "0008|0030": "120000",
+            "0008|0060": "CT",
+            "0010|0010": "Doe^J",
+            "0010|0020": "7",
+            "0018|0050": "2",
+            "0020|000d": "1.2",
+            "0020|000e": uid,
+            "0020|0011": "1",
+            "0020|0013": str(index + 1),
+            "0020|0032": f"0\\0\\{2 * index}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0052": "1.2.9",
+        }
+        for tag, value in tags.items():
+            plane.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{uid}-{index}.dcm"))
+        writer.Execute(plane)
+    return folder / f"{uid}-4.dcm"
+
+
+def reports(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "volumes.json").read_text(encoding="utf-8"))
+
+
+def events(capsys: Captured) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# ---- tables
+
+
+def test_a_table_names_cases_experts_and_frames(segment: Segment, tmp_path: Path) -> None:
+    saved(tmp_path / "in" / "time.nii.gz", sitk.JoinSeries([an_image(1), an_image()]))
+    rows = [
+        {"input": "in/time.nii.gz", "case": "Müller", "expert": "mr", "frame": "1"},
+        {"input": "in/time.nii.gz", "case": "first", "expert": "", "frame": "0"},
+    ]
+    assert segment(a_table(tmp_path / "cases.csv", *rows)) == 0
+    found = reports(tmp_path / "out")
+    assert list(found) == ["Müller", "first"] and found["Müller"]["expert_weights"] == {"ct": 0, "mr": 1}
+    assert segment(saved(tmp_path / "alone.nii.gz"), "--expert", "mr") == 0
+    chosen, alone = (read_volume(tmp_path / "out" / f"{name}.seg.nrrd").array for name in ("Müller", "alone"))
+    assert np.array_equal(chosen, alone)
+
+
+def test_a_bad_row_of_a_table_stops_no_other(segment: Segment, tmp_path: Path) -> None:
+    saved(tmp_path / "CT.mha")
+    rows = [
+        {"input": "gone.mha", "case": "gone"},
+        {"input": "CT.mha", "case": "../CT"},
+        {"input": "CT.mha", "case": "late", "frame": "-1"},
+        {"input": "", "case": "blank"},
+        {"input": "CT.mha", "case": "odd", "expert": "pet"},
+        {"input": "CT.mha", "case": "good"},
+    ]
+    assert segment(a_table(tmp_path / "cases.csv", *rows)) == 1
+    found = reports(tmp_path / "out")
+    assert [name for name, entry in found.items() if "files" in entry] == ["good"]
+    assert "no file or folder" in found["gone"]["error"] and "cannot name a file" in found["CT"]["error"]
+    assert "expected a number from 0" in found["late"]["error"] and "input is empty" in found["blank"]["error"]
+    assert "expert 'pet' is unknown" in found["odd"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(b"path,case\nCT.mha,a\n", "has the columns path, case; expected input"), (b"input\n\xff\n", "no table in UTF-8")],
+)
+def test_a_table_that_cannot_be_read_is_named(
+    segment: Segment, tmp_path: Path, capsys: Captured, text: bytes, message: str
+) -> None:
+    (tmp_path / "cases.csv").write_bytes(text)
+    assert segment(tmp_path / "cases.csv") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_name_that_a_table_gives_twice_is_refused(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
+    rows = [{"input": str(saved(tmp_path / name)), "case": "same"} for name in ("a.mha", "b.mha")]
+    assert segment(a_table(tmp_path / "cases.csv", *rows)) == 2
+    assert "would be written as same" in capsys.readouterr().err
+
+
+# ---- events
+
+
+def test_json_tells_every_step_and_nothing_else(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
+    assert segment(saved(tmp_path / "a.mha"), tmp_path / "none.mha", "--json") == 1
+    told = events(capsys)
+    kinds = [event["event"] for event in told if event["event"] != "progress"]
+    assert kinds == ["failed", "case", "done", "end"]
+    failed, case, done, end = (event for event in told if event["event"] != "progress")
+    assert failed["case"] == "none" and "no file or folder" in failed["error"]
+    assert case == {"event": "case", "number": 1, "of": 1, "case": "a"}
+    assert done["files"] == ["a.seg.nrrd"] and done["report"]["model"] == "tiny 1"
+    assert end == {"event": "end", "done": 1, "failed": 1, "skipped": 0}
+    shown = [event for event in told if event["event"] == "progress"]
+    assert shown[-1] == {"event": "progress", "case": "a", "phase": "write", "fraction": 1.0}
+
+
+# ---- resuming
+
+
+def test_resume_does_only_what_is_missing(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
+    inputs = [saved(tmp_path / f"{name}.mha") for name in "abc"]
+    segment(*inputs)
+    (tmp_path / "out" / "b.seg.nrrd").unlink()
+    capsys.readouterr()
+    assert segment(*inputs, "--resume", "--json") == 0
+    told = [(event["event"], event.get("case")) for event in events(capsys) if event["event"] != "progress"]
+    assert told == [("skipped", "a"), ("case", "b"), ("done", "b"), ("skipped", "c"), ("end", None)]
+    assert segment(*inputs, "--resume") == 0
+    assert capsys.readouterr().out.startswith("0 of 3 segmented, 3 skipped as done before")
+
+
+@pytest.mark.parametrize("option", [("--expert", "mr"), ("--structures", "liver"), ("--format", "mha"), ("--preview",)])
+def test_resume_does_again_what_was_asked_otherwise(
+    segment: Segment, tmp_path: Path, capsys: Captured, option: tuple[str, ...]
+) -> None:
+    source = saved(tmp_path / "a.mha")
+    segment(source)
+    capsys.readouterr()
+    assert segment(source, "--resume", *option) == 0
+    assert "1 of 1 segmented;" in capsys.readouterr().out
+
+
+def test_resume_tries_again_what_failed(segment: Segment, tmp_path: Path) -> None:
+    source = saved(tmp_path / "a.mha")
+    data = source.read_bytes()
+    source.write_bytes(data[:-9])
+    assert segment(source, "--resume") == 1
+    source.write_bytes(data)
+    assert segment(source, "--resume") == 0 and "error" not in reports(tmp_path / "out")["a"]
+
+
+# ---- faults and the log
+
+
+def test_a_fault_of_ours_in_one_case_stops_no_other_and_is_in_the_log(
+    segment: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = predictor.remove_islands
+    steps = iter([lambda *given: {}["lost"], clean])
+    monkeypatch.setattr(predictor, "remove_islands", lambda *given: next(steps)(*given))
+    assert segment(*(saved(tmp_path / f"{name}.mha") for name in "ab")) == 1
+    found = reports(tmp_path / "out")
+    assert "unexpected KeyError: 'lost'" in found["a"]["error"] and "error" not in found["b"]
+    lines = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S* ", line) for line in lines)
+    text = "\n".join(lines)
+    assert "Traceback" in text and "1/2 a ..." in text and "1 of 2 segmented" in text
+
+
+def test_the_log_of_a_later_run_comes_after_the_earlier(segment: Segment, tmp_path: Path) -> None:
+    for name in "ab":
+        segment(saved(tmp_path / f"{name}.mha"))
+    text = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
+    assert text.index("1/1 a ...") < text.index("1/1 b ...")
+
+
+# ---- DICOM
+
+
+def test_one_file_stands_for_its_series_among_others(segment: Segment, tmp_path: Path) -> None:
+    wanted = a_series(tmp_path / "mixed", "1.2.3", seed=0)
+    a_series(tmp_path / "mixed", "1.2.4", seed=1)
+    a_series(tmp_path / "alone", "1.2.3", seed=0)
+    assert segment(wanted, tmp_path / "alone") == 0
+    one, folder = (read_volume(tmp_path / "out" / f"{name}.seg.nrrd") for name in ("1.2.3-4", "alone"))
+    assert one.array.shape == (8, 16, 20) and np.array_equal(one.array, folder.array)
+    assert one.grid.is_close(folder.grid)
+
+
+def test_dicom_seg_holds_the_same_voxels_names_and_codes(segment: Segment, tmp_path: Path) -> None:
+    highdicom = pytest.importorskip("highdicom")
+    source = a_series(tmp_path / "scan")
+    assert segment(source.parent) == 0 and segment(source.parent, "--format", "dcm") == 0
+    expected = read_volume(tmp_path / "out" / "scan.seg.nrrd").array
+    seg = highdicom.seg.segread(tmp_path / "out" / "scan.dcm")
+    images = [str(uid) for uid in (f"1.2.3.{index + 1}" for index in range(8))]
+    found = seg.get_pixels_by_source_instance(
+        images, ignore_spatial_locations=True, assert_missing_frames_are_empty=True
+    )
+    present = [value for value in range(1, 4) if (expected == value).any()]
+    assert seg.number_of_segments == len(present) > 1
+    for number, value in enumerate(present, start=1):
+        assert np.array_equal(found[..., number - 1] > 0, expected == value)
+        about, entry = seg.get_segment_description(number), structure(SPEC.structures[value - 1])
+        assert (about.segment_label, about.algorithm_type.value) == (entry.name, "AUTOMATIC")
+        assert entry.type is not None and about.segmented_property_type.value == entry.type.value
+        assert about.algorithm_identification.name == "tiny 1"
+        modifiers = about.SegmentedPropertyTypeCodeSequence[0].get("SegmentedPropertyTypeModifierCodeSequence", [])
+        assert [code.CodeValue for code in modifiers] == ([entry.type_modifier.value] if entry.type_modifier else [])
+    assert seg.FrameOfReferenceUID == "1.2.9" and seg.PatientID == "7"
+
+
+def test_dicom_seg_needs_dicom(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
+    pytest.importorskip("highdicom")
+    assert segment(saved(tmp_path / "CT.mha"), "--format", "dcm") == 1
+    assert "CT.mha is not DICOM" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""Names that the panels and the stand-ins use are Slicer's: widgets.json has those of ctk and qMRML widgets, PySide6's
+meta-objects those of Qt."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import qt
+import slicer
+from harness import application, ctk_widgets, qmrml_widgets
+from PySide6 import QtCore, QtWidgets
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDGETS = json.loads((Path(__file__).parent / "harness" / "widgets.json").read_text(encoding="utf-8"))
+MODULES = sorted(path for path in ROOT.glob("M4oE*/Resources/UI/*.ui"))
+SOURCES = sorted(path for folder in ROOT.glob("M4oE*") for path in folder.rglob("*.py"))
+STAND_INS = {
+    **{cls.__name__: cls for cls in (*ctk_widgets.CLASSES, *qmrml_widgets.CLASSES)},
+    "qSlicerApplication": application.Application,
+    "qSlicerModuleManager": application.ModuleManager,
+    "qSlicerLayoutManager": application.LayoutManager,
+    "qSlicerExtensionsManagerModel": application.ExtensionsManagerModel,
+    "qSlicerCoreIOManager": application.IOManager,
+}
+OURS = {"stand_in", "signatures", "installed"}  # names of the harness itself
+
+
+def names_of(widget: str, kind: str) -> set[str]:
+    """Names of a class and of its bases, from the list or from Qt."""
+    if widget not in WIDGETS:
+        cls = getattr(QtWidgets, widget, None) or getattr(QtCore, widget)
+        meta = cls.staticMetaObject
+        if kind == "signals":
+            return {
+                bytes(meta.method(number).methodSignature()).decode()
+                for number in range(meta.methodCount())
+                if meta.method(number).methodType() == QtCore.QMetaMethod.MethodType.Signal
+            }
+        return set(dir(cls))
+    found = set(WIDGETS[widget][kind])
+    return found.union(*(names_of(base, kind) for base in WIDGETS[widget]["bases"] if base != "qSlicerObject"))
+
+
+def all_names(widget: str) -> set[str]:
+    signals = {signature.split("(")[0] for signature in names_of(widget, "signals")}
+    return names_of(widget, "methods") | names_of(widget, "properties") | signals
+
+
+def widget_classes(ui: Path) -> dict[str, str]:
+    """Class by name of the widgets in a .ui file."""
+    return {str(item.get("name")): str(item.get("class")) for item in ET.parse(ui).iter("widget")}
+
+
+ALL_WIDGETS = {name: cls for ui in MODULES for name, cls in widget_classes(ui).items()}
+
+
+def used_attributes() -> list[tuple[str, str, str]]:
+    """Widget, attribute and file of every self.ui.NAME.ATTRIBUTE or ui.NAME.ATTRIBUTE."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
+                holder = node.value.value
+                name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
+                if name == "ui":
+                    found.append((node.value.attr, node.attr, path.name))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(STAND_INS))
+def test_a_stand_in_has_no_name_that_slicer_has_not(name: str) -> None:
+    cls: Any = STAND_INS[name]
+    own = {key for base in cls.__mro__ if base.__module__.startswith("harness") for key in vars(base)}
+    own = {key for key in own if not key.startswith("_")} - OURS
+    qt_names = set(dir(QtWidgets.QWidget)) | set(dir(QtCore.QObject))
+    assert own - all_names(name) - qt_names == set()
+
+
+@pytest.mark.parametrize("name", [name for name, cls in STAND_INS.items() if hasattr(cls, "signatures")])
+def test_a_stand_in_has_slicers_signals(name: str) -> None:
+    assert set(STAND_INS[name].signatures) <= names_of(name, "signals")
+
+
+@pytest.mark.parametrize("cls", [*ctk_widgets.CLASSES, *qmrml_widgets.CLASSES], ids=lambda cls: cls.__name__)
+def test_properties_of_a_stand_in_are_known_to_qt(cls: Any) -> None:
+    widget = cls()
+    declared = {key for base in cls.__mro__ for key, value in vars(base).items() if isinstance(value, QtCore.Property)}
+    assert {key for key in declared if widget.metaObject().indexOfProperty(key) < 0} == set()
+
+
+@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+def test_a_ui_file_uses_only_properties_that_its_widgets_have(ui: Path) -> None:
+    unknown = []
+    for item in ET.parse(ui).iter("widget"):
+        properties = {str(entry.get("name")) for entry in item.findall("property") if entry.get("stdset") != "0"}
+        cls = str(item.get("class"))
+        unknown += [(item.get("name"), name) for name in properties - names_of(cls, "properties")]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+def test_every_node_selector_gets_the_scene(ui: Path) -> None:
+    tree = ET.parse(ui)
+    selectors = {str(item.get("name")) for item in tree.iter("widget") if item.get("class") == "qMRMLNodeComboBox"}
+    connected = {entry.findtext("receiver") for entry in tree.iter("connection")}
+    assert selectors <= connected
+
+
+def test_the_code_uses_only_widgets_of_the_ui_files_and_their_names() -> None:
+    used = used_attributes()
+    assert len(used) > 50
+    assert [(widget, file) for widget, _, file in used if widget not in ALL_WIDGETS] == []
+    unknown = [
+        (widget, name, file) for widget, name, file in used if name not in all_names(ALL_WIDGETS[widget]) | {"name"}
+    ]
+    assert unknown == []
+
+
+def test_signals_are_connected_by_signatures_that_exist() -> None:
+    connected = []
+    for path in SOURCES:
+        connected += re.findall(r'ui\.(\w+)\.connect\("([^"]+)"', path.read_text(encoding="utf-8"))
+    assert len(connected) > 4
+    unknown = [(widget, text) for widget, text in connected if text not in names_of(ALL_WIDGETS[widget], "signals")]
+    assert unknown == []
+
+
+def test_qt_and_ctk_constructors_get_no_keywords() -> None:
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.keywords and isinstance(node.func, ast.Attribute):
+                holder = getattr(node.func.value, "id", "")
+                if holder in ("qt", "ctk"):
+                    wrong.append((path.name, node.func.attr))
+    assert wrong == []
+
+
+def test_functions_of_slicer_util_are_not_taken_from_slicer() -> None:
+    """slicer-core has them in both places, Slicer only in slicer.util."""
+    functions = {name for name in dir(slicer.util) if callable(getattr(slicer.util, name)) and name[0].islower()}
+    wrong = []
+    for path in SOURCES:
+        names = set(re.findall(r"\bslicer\.(\w+)\(", path.read_text(encoding="utf-8")))
+        wrong += [(path.name, name) for name in names & functions]
+    assert wrong == []
+
+
+def test_pythonqt_manners_are_kept() -> None:
+    button = qt.QPushButton("go")
+    with pytest.raises(TypeError, match="not callable"):
+        button.text()
+    with pytest.raises(AttributeError, match="no property txt"):
+        button.txt = "stop"
+    with pytest.raises(AttributeError, match="does not accept a list"):
+        button.checkable = []
+    with pytest.raises(ValueError, match=r"no signal clickd\(bool\)"):
+        button.connect("clickd(bool)", print)
+    with pytest.raises(TypeError, match="no keyword arguments"):
+        qt.QPushButton(text="go")
+    assert int(qt.Qt.Checked) == 2
+
+
+def test_the_tests_for_slicer_itself_can_be_imported() -> None:
+    import importlib.util
+    import unittest
+
+    path = ROOT / "Testing" / "slicer" / "M4oEExtensionTest.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tests = unittest.defaultTestLoader.loadTestsFromModule(module)
+    assert tests.countTestCases() >= 5

@@ -1,0 +1,633 @@
+"""The segmentation panel, used as a user would, with a real worker in another process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import qt
+import slicer
+import slicer.util
+from harness.application import Dialogs, settle
+
+ROOT = Path(__file__).resolve().parents[2]
+CT = ROOT.parent / "shared" / "data" / "ct" / "ts_ct_3mm_small.nii.gz"
+STRUCTURES = ("liver", "spleen", "kidney_left")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights that finds all of its structures in noise."""
+    import torch
+    from m4oe.network.unet import MoESwinUNet
+    from m4oe.package import save_model
+    from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+
+    spec = ModelSpec(
+        name="tiny",
+        version="1",
+        network=NetworkSpec(experts=2, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, top_k=1),
+        structures=STRUCTURES,
+        experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR")),
+        intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
+        pixel_mm=2.0,
+        slice_mm=3.0,
+        licence="Apache-2.0",
+        scores={"ct": {"liver": 0.9, "spleen": 0.7}},
+    )
+    torch.manual_seed(0)
+    network = MoESwinUNet(spec.network, len(STRUCTURES) + 1)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_model(path, network, spec)
+    return path
+
+
+@pytest.fixture(scope="session")
+def warm_client() -> Iterator[Any]:
+    from m4oe.client import Client
+
+    with Client() as client:
+        yield client
+
+
+@pytest.fixture
+def panel(open_panel: Callable[[str], Any], tiny_model: Path, warm_client: Any, tmp_path: Path) -> Any:
+    """The open panel with the tiny model chosen and a worker that is warm."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.safetensors").symlink_to(tiny_model)
+    widget = open_panel("M4oESegmentation")
+    widget.logic._client = warm_client
+    widget.logic.close = lambda: None
+    assert widget.ui.modelSelector.currentText == "tiny 1"
+    return widget
+
+
+def add_volume(shape: tuple[int, ...] = (12, 40, 40), name: str = "CT") -> Any:
+    array = np.random.default_rng(0).normal(40, 300, shape).astype(np.int16)
+    return slicer.util.addVolumeFromArray(array, ijkToRAS=np.diag([-2.0, -2.0, 3.0, 1.0]), name=name)
+
+
+def apply(panel: Any, volume_node: Any) -> Any:
+    """Chooses the volume, presses Apply, waits; returns the new segmentation, or None."""
+    panel.ui.inputSelector.setCurrentNode(volume_node)
+    panel.ui.applyButton.click()
+    finish(panel)
+    return panel.parameters.result
+
+
+def finish(panel: Any) -> None:
+    settle(lambda: panel._run is None)
+
+
+def segmentations() -> list[Any]:
+    return slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+
+
+def ids(node: Any) -> set[str]:
+    return set(node.GetSegmentation().GetSegmentIDs())
+
+
+# ---- from a volume to a segmentation
+
+
+def test_apply_makes_a_segmentation_and_shows_what_was_found(panel: Any, dialogs: Dialogs) -> None:
+    node = apply(panel, add_volume())
+    assert dialogs.said == []
+    assert node.GetName() == "CT M4oE segmentation"
+    assert ids(node) == set(STRUCTURES)
+    ui = panel.ui
+    assert ui.resultsTable.rowCount == 3
+    assert ui.statusLabel.text.startswith("Done in")
+    assert not ui.resultsCollapsibleButton.collapsed
+    assert "tiny 1" in ui.resultLabel.text
+
+
+def test_the_table_says_what_numpy_says(panel: Any) -> None:
+    volume_node = add_volume()
+    node = apply(panel, volume_node)
+    values = slicer.util.arrayFromVolume(volume_node)
+    for row in range(3):
+        name, volume, mean, deviation = (panel.ui.resultsTable.item(row, column).text() for column in range(4))
+        key = {"Liver": "liver", "Spleen": "spleen", "Left kidney": "kidney_left"}[name]
+        inside = slicer.util.arrayFromSegmentBinaryLabelmap(node, key, volume_node) > 0
+        assert float(volume) == pytest.approx(inside.sum() * 12 / 1000, abs=0.006)
+        assert float(mean) == pytest.approx(values[inside].mean(), abs=0.06)
+        assert float(deviation) == pytest.approx(values[inside].std(), abs=0.06)
+
+
+def test_a_second_apply_leaves_the_first_result(panel: Any) -> None:
+    volume_node = add_volume()
+    first = apply(panel, volume_node)
+    second = apply(panel, volume_node)
+    assert len(segmentations()) == 2
+    assert second is not first
+
+
+def test_an_existing_segmentation_keeps_its_other_segments(panel: Any) -> None:
+    volume_node = add_volume()
+    mine = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "mine")
+    mine.GetSegmentation().AddEmptySegment("lesion", "my lesion")
+    panel.ui.outputSelector.setCurrentNode(mine)
+    assert apply(panel, volume_node) is mine
+    assert ids(mine) == {"lesion", *STRUCTURES}
+
+
+def test_only_checked_structures_are_made(panel: Any) -> None:
+    panel._structures.check(["spleen"])
+    assert panel.parameters.excludedStructures == ["kidney_left", "liver"]
+    assert ids(apply(panel, add_volume())) == {"spleen"}
+
+
+def test_the_search_hides_and_a_group_checks(panel: Any) -> None:
+    ui = panel.ui
+    ui.structureSearchBox.text = "kid"
+    hidden = [ui.structureList.item(row).isHidden() for row in range(ui.structureList.count)]
+    assert hidden.count(False) == 1
+    none = ui.presetSelector.count - 1
+    ui.presetSelector.activated.emit(none)
+    assert panel._structures.checked() == ()
+    assert not ui.applyButton.enabled
+    ui.presetSelector.activated.emit(1)
+    assert set(panel._structures.checked()) == set(STRUCTURES)
+
+
+def test_naming_an_expert_overrules_the_gate(panel: Any) -> None:
+    panel.ui.expertSelector.currentIndex = panel.ui.expertSelector.findData("mr")
+    panel.ui.expertSelector.activated.emit(2)
+    apply(panel, add_volume())
+    assert "Expert mr, as you chose." in panel.ui.resultLabel.text
+
+
+def test_the_uncertainty_is_a_volume_beside_the_input(panel: Any) -> None:
+    volume_node = add_volume()
+    panel.ui.uncertaintyCheckBox.checked = True
+    apply(panel, volume_node)
+    node = slicer.util.getNode("CT M4oE uncertainty")
+    array = slicer.util.arrayFromVolume(node)
+    assert array.shape == (12, 40, 40)
+    assert 0 < array.max() <= 100
+
+
+def test_the_result_follows_the_transform_of_its_volume(panel: Any) -> None:
+    volume_node = add_volume()
+    transform = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode")
+    matrix = np.eye(4)
+    matrix[:3, 3] = (50, 0, 10)
+    transform.SetMatrixTransformToParent(slicer.util.vtkMatrixFromArray(matrix))
+    volume_node.SetAndObserveTransformNodeID(transform.GetID())
+    node = apply(panel, volume_node)
+    assert node.GetParentTransformNode() is transform
+
+
+def test_the_result_lies_in_the_study_of_its_volume(panel: Any) -> None:
+    volume_node = add_volume()
+    tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    study = tree.CreateStudyItem(tree.GetSceneItemID(), "study")
+    tree.SetItemParent(tree.GetItemByDataNode(volume_node), study)
+    node = apply(panel, volume_node)
+    assert tree.GetItemParent(tree.GetItemByDataNode(node)) == study
+
+
+def test_all_frames_become_a_sequence(panel: Any) -> None:
+    proxy = add_volume()
+    frames = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", "frames")
+    for number in range(3):
+        frames.SetDataNodeAtValue(proxy, str(number))
+    browser = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", "browser")
+    browser.SetAndObserveMasterSequenceNodeID(frames.GetID())
+    browser.AddProxyNode(proxy, frames, False)
+    panel.ui.inputSelector.setCurrentNode(proxy)
+    assert panel.ui.allFramesCheckBox.visible or not panel.parent.visible
+    panel.ui.allFramesCheckBox.checked = True
+    apply(panel, proxy)
+    result = [node for node in slicer.util.getNodesByClass("vtkMRMLSequenceNode") if node is not frames]
+    assert [node.GetNumberOfDataNodes() for node in result] == [3]
+    assert ids(result[0].GetNthDataNode(2)) == set(STRUCTURES)
+
+
+# ---- what goes wrong
+
+
+def test_cancel_changes_nothing_and_apply_works_again(panel: Any) -> None:
+    volume_node = add_volume((60, 200, 200))
+    panel.ui.inputSelector.setCurrentNode(volume_node)
+    panel.ui.applyButton.click()
+    settle(lambda: panel.ui.statusLabel.text.startswith("Segmenting"))
+    assert panel.ui.cancelButton.enabled
+    assert not panel.ui.applyButton.enabled
+    panel.ui.cancelButton.click()
+    finish(panel)
+    assert segmentations() == []
+    assert panel.ui.statusLabel.text == "Cancelled; nothing was changed."
+    assert apply(panel, add_volume()) is not None
+
+
+def test_closing_the_scene_stops_the_run(panel: Any, dialogs: Dialogs) -> None:
+    panel.ui.inputSelector.setCurrentNode(add_volume((60, 200, 200)))
+    panel.ui.applyButton.click()
+    slicer.mrmlScene.Clear(False)
+    finish(panel)
+    assert segmentations() == []
+    assert dialogs.errors == []
+    assert apply(panel, add_volume()) is not None
+
+
+def test_a_volume_deleted_meanwhile_is_told(panel: Any, dialogs: Dialogs) -> None:
+    volume_node = add_volume((30, 80, 80))
+    panel.ui.inputSelector.setCurrentNode(volume_node)
+    panel.ui.applyButton.click()
+    slicer.mrmlScene.RemoveNode(volume_node)
+    finish(panel)
+    assert segmentations() == []
+    assert ["was removed while" in text for text in dialogs.errors] == [True]
+
+
+def test_a_dead_worker_is_told_and_replaced(panel: Any, dialogs: Dialogs) -> None:
+    panel.ui.inputSelector.setCurrentNode(add_volume((60, 200, 200)))
+    panel.ui.applyButton.click()
+    settle(lambda: panel.ui.statusLabel.text.startswith("Segmenting"))
+    os.kill(panel.logic.client()._connection._process.pid, signal.SIGKILL)
+    finish(panel)
+    assert segmentations() == []
+    assert "memory" in dialogs.errors[0]
+    assert apply(panel, add_volume()) is not None
+
+
+def test_missing_torch_is_told_with_the_cure(panel: Any, dialogs: Dialogs, tmp_path: Path) -> None:
+    from m4oe.client import Client, worker_command
+
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')", encoding="utf-8")
+    with Client(worker_command(), {**os.environ, "PYTHONPATH": str(tmp_path)}) as client:
+        panel.logic._client = client
+        apply(panel, add_volume())
+    assert segmentations() == []
+    assert "package is missing" in dialogs.errors[0]
+    assert sys.executable in dialogs.errors[0]
+
+
+def test_without_a_model_apply_says_so(
+    open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from m4oe import spec
+
+    monkeypatch.setattr(spec, "model_folders", lambda: [tmp_path / "models"])
+    panel = open_panel("M4oESegmentation")
+    add_volume()
+    assert not panel.ui.applyButton.enabled
+    assert panel.ui.statusLabel.text == "No model is installed. Import a model file."
+    assert not panel.ui.batchStartButton.enabled
+
+
+def test_a_damaged_model_is_left_out(panel: Any, tmp_path: Path) -> None:
+    (tmp_path / "models" / "broken.safetensors").write_bytes(b"nothing")
+    panel.enter()
+    names = [panel.ui.modelSelector.itemText(index) for index in range(panel.ui.modelSelector.count)]
+    assert names[0] == "tiny 1"
+    assert not any("broken" in name for name in names)
+
+
+def test_a_python_that_is_not_there_is_told(open_panel: Callable[[str], Any], dialogs: Dialogs) -> None:
+    panel = open_panel("M4oESegmentation")
+    panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("python")
+    panel.ui.pythonPathEdit.currentPath = "/nowhere/python"
+    panel.worker.save()
+    apply(panel, add_volume())
+    assert "'/nowhere/python' cannot be started" in dialogs.errors[0]
+    assert panel.ui.applyButton.enabled
+
+
+def test_a_table_that_cannot_be_written_is_told(
+    panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    apply(panel, add_volume())
+    target = tmp_path / "table.csv"
+    monkeypatch.setattr(qt.QFileDialog, "getSaveFileName", lambda *arguments: str(target))
+    panel.ui.csvButton.click()
+    rows = target.read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 4
+    assert rows[0].startswith("segmentation,model,Structure,mL,Mean,SD")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *rest, **more: open("/dev/full", "w"))  # noqa: PTH123, SIM115
+        panel.ui.csvButton.click()
+    assert "No space left" in dialogs.errors[0]
+    assert target.read_text(encoding="utf-8").splitlines() == rows
+
+
+# ---- the scene
+
+
+def test_choices_and_result_come_back_with_the_scene(panel: Any, tmp_path: Path) -> None:
+    panel._structures.check(["liver", "spleen"])
+    panel.ui.qualitySelector.currentIndex = 1
+    apply(panel, add_volume())
+    rows = panel.ui.resultsTable.rowCount
+    scene = tmp_path / "scene.mrb"
+    assert slicer.mrmlScene.WriteToMRB(str(scene))
+    slicer.mrmlScene.Clear(False)
+    assert panel.ui.resultsTable.rowCount == 0
+    load_bundle(scene, tmp_path)
+    assert panel.parameters.inputVolume.GetName() == "CT"
+    assert panel.parameters.excludedStructures == ["kidney_left"]
+    assert panel.parameters.quality.value == "fast"
+    assert panel.ui.resultsTable.rowCount == rows > 0
+
+
+def load_bundle(path: Path, folder: Path) -> None:
+    import zipfile
+
+    zipfile.ZipFile(path).extractall(folder / "bundle")
+    (scene_file,) = (folder / "bundle").rglob("*.mrml")
+    slicer.mrmlScene.SetURL(str(scene_file))
+    slicer.mrmlScene.Connect()
+
+
+# ---- further use of a result
+
+
+def test_the_segment_editor_opens_with_result_and_volume(panel: Any) -> None:
+    editor = SimpleNamespace()
+    editor.setSegmentationNode = lambda node: setattr(editor, "segmentation", node)
+    editor.setSourceVolumeNode = lambda node: setattr(editor, "volume", node)
+    representation = SimpleNamespace(self=lambda: SimpleNamespace(editor=editor))
+    slicer.modules.segmenteditor = SimpleNamespace(widgetRepresentation=lambda: representation)
+    volume_node = add_volume()
+    node = apply(panel, volume_node)
+    panel.ui.editButton.click()
+    assert slicer.app.selected == "SegmentEditor"
+    assert (editor.segmentation, editor.volume) == (node, volume_node)
+
+
+def test_show_3d_makes_surfaces(panel: Any) -> None:
+    node = apply(panel, add_volume())
+    panel.ui.show3DButton.click()
+    assert node.GetClosedSurfaceInternalRepresentation("liver").GetNumberOfPoints() > 0
+
+
+def test_dicom_needs_a_volume_of_the_database(panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slicer, "dicomDatabase", SimpleNamespace(isOpen=True, instanceValue=lambda *tags: ""))
+    apply(panel, add_volume())
+    panel.ui.dicomButton.click()
+    assert "was not loaded from Slicer's DICOM database" in dialogs.errors[0]
+
+
+def test_dicom_seg_goes_into_the_database(panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slicer, "dicomDatabase", SimpleNamespace(isOpen=True, instanceValue=lambda *tags: "CT"))
+    exported, imported = SimpleNamespace(), []
+
+    class Plugin:
+        def examineForExport(self, item: int) -> list[Any]:
+            exported.item = item
+            return [exported]
+
+        def export(self, exportables: list[Any]) -> str:
+            assert Path(exportables[0].directory).is_dir()
+            return ""
+
+    plugin, library = ModuleType("DICOMSegmentationPlugin"), ModuleType("DICOMLib")
+    plugin.DICOMSegmentationPluginClass = Plugin
+    library.DICOMUtils = SimpleNamespace(importDicom=lambda *arguments: imported.append(arguments))
+    monkeypatch.setitem(sys.modules, "DICOMSegmentationPlugin", plugin)
+    monkeypatch.setitem(sys.modules, "DICOMLib", library)
+    volume_node = add_volume()
+    volume_node.SetAttribute("DICOM.instanceUIDs", "1.2.3")
+    node = apply(panel, volume_node)
+    panel.ui.dicomButton.click()
+    assert dialogs.errors == []
+    tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    assert exported.item == tree.GetItemByDataNode(node)
+    assert imported[0][1:] == (slicer.dicomDatabase, True)
+
+
+# ---- machine
+
+
+def test_devices_are_listed_with_their_free_memory(panel: Any) -> None:
+    panel.ui.refreshDevicesButton.click()
+    settle(lambda: panel.worker.job is None)
+    texts = [panel.ui.deviceSelector.itemText(index) for index in range(panel.ui.deviceSelector.count)]
+    assert any(text.startswith("CPU") and text.endswith("GB free") for text in texts)
+    panel.ui.deviceSelector.currentIndex = panel.ui.deviceSelector.findData("cpu")
+    panel.ui.deviceSelector.activated.emit(1)
+    apply(panel, add_volume())
+    assert panel.ui.statusLabel.text.endswith("on cpu.")
+
+
+def test_settings_of_the_machine_are_found_again(open_panel: Callable[[str], Any]) -> None:
+    panel = open_panel("M4oESegmentation")
+    panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("ssh")
+    panel.ui.hostEdit.text = "gpu1"
+    panel.worker.save()
+    again = open_panel("M4oESegmentation")
+    assert (again.ui.workerSelector.currentData, again.ui.hostEdit.text) == ("ssh", "gpu1")
+    assert again.ui.hostEdit.enabled
+    assert not again.ui.pythonPathEdit.enabled
+
+
+def test_a_model_is_imported_and_chosen(
+    panel: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dialogs: Dialogs
+) -> None:
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(tiny_model.read_bytes())
+    monkeypatch.setattr(qt.QFileDialog, "getOpenFileName", lambda *arguments: str(mine))
+    panel.ui.importModelButton.click()
+    assert panel.ui.modelSelector.currentData == str(tmp_path / "models" / "mine.safetensors")
+    panel.ui.importModelButton.click()
+    assert "is there already" in dialogs.errors[0]
+
+
+# ---- headless, and real
+
+
+def test_the_logic_segments_without_a_panel(tiny_model: Path, warm_client: Any, panel: Any) -> None:
+    from M4oESegmentation import M4oESegmentationLogic
+
+    logic = M4oESegmentationLogic(client=warm_client)
+    node, report = logic.process(add_volume(), model=tiny_model, structures=["spleen"])
+    assert ids(node) == {"spleen"}
+    assert report.model == "tiny 1"
+
+
+def test_a_real_ct_is_segmented(open_panel: Callable[[str], Any], dialogs: Dialogs) -> None:
+    if not CT.exists():
+        pytest.skip("the real CT is not there")
+    from m4oe.files import read_volume
+
+    volume = read_volume(CT)
+    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name="CT")
+    panel = open_panel("M4oESegmentation")
+    result = apply(panel, node)
+    assert dialogs.errors == []
+    assert {"liver", "spleen"} <= ids(result)
+
+
+def test_opening_the_panel_loads_nothing_heavy(tmp_path: Path) -> None:
+    """In a fresh process; numpy comes with Slicer's own modules, torch and SimpleITK with nothing here."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest
+from harness.application import open_module
+open_module(conftest.ROOT / "M4oESegmentation" / "M4oESegmentation.py")
+print(sorted({{"torch", "SimpleITK", "scipy", "nrrd", "m4oe.predictor", "m4oe.client"}} & set(sys.modules)))
+"""
+    environment = {**os.environ, "M4OE_MODELS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    assert done.stdout.split(b"\n")[0] == b"[]"
+
+
+# ---- batch, installation
+
+
+def start_batch(panel: Any, source: Path, target: Path) -> None:
+    panel.ui.batchInputEdit.currentPath = str(source)
+    panel.ui.batchOutputEdit.currentPath = str(target)
+    panel.ui.batchPicturesCheckBox.checked = False
+    panel.ui.batchStartButton.click()
+
+
+def batch_table(panel: Any) -> dict[str, str]:
+    table = panel.ui.batchTable
+    return {table.item(row, 0).text(): table.item(row, 1).text() for row in range(table.rowCount)}
+
+
+@pytest.fixture
+def five_cases(tmp_path: Path) -> Path:
+    """Four volumes and a file that is none."""
+    from m4oe.files import write_volume
+    from m4oe.geometry import Grid, Volume
+
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    grid = Grid((8, 30, 30), np.diag([-2.0, -2.0, 3.0, 1.0]))
+    for number in range(4):
+        noise = np.random.default_rng(number).normal(40, 300, grid.shape).astype(np.int16)
+        write_volume(folder / f"case{number}.nii.gz", Volume(noise, grid))
+    (folder / "bad.nii.gz").write_bytes(b"no volume")
+    return folder
+
+
+def test_a_batch_of_five_with_one_bad_case(panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path) -> None:
+    start_batch(panel, five_cases, tmp_path / "results")
+    assert not panel.ui.batchStartButton.enabled
+    settle(lambda: panel.batches.batch is None)
+    found = batch_table(panel)
+    assert sorted(found) == ["bad", "case0", "case1", "case2", "case3"]
+    assert found["bad"].startswith("failed: ")
+    assert found["case0"].startswith("3 structures")
+    assert panel.ui.batchStatusLabel.text == "4 done, 0 skipped, 1 failed"
+    assert dialogs.errors == []
+    assert len(list((tmp_path / "results").glob("*.seg.nrrd"))) == 4
+    assert (tmp_path / "results" / "volumes.csv").is_file()
+    assert "bad.nii.gz" in (tmp_path / "results" / "log.txt").read_text(encoding="utf-8")
+    start_batch(panel, five_cases, tmp_path / "results")
+    settle(lambda: panel.batches.batch is None)
+    assert panel.ui.batchStatusLabel.text == "0 done, 4 skipped, 1 failed"
+    assert batch_table(panel)["case3"] == "done before"
+
+
+def test_a_stopped_batch_goes_on_where_it_was(panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path) -> None:
+    start_batch(panel, five_cases, tmp_path / "results")
+    settle(lambda: "case0" in batch_table(panel) and batch_table(panel)["case0"] != "working")
+    panel.ui.batchStopButton.click()
+    settle(lambda: panel.batches.batch is None)
+    assert dialogs.errors == []
+    start_batch(panel, five_cases, tmp_path / "results")
+    settle(lambda: panel.batches.batch is None)
+    assert batch_table(panel)["case0"] == "done before"
+    assert panel.ui.batchStatusLabel.text.endswith("1 failed")
+    assert len(list((tmp_path / "results").glob("*.seg.nrrd"))) == 4
+
+
+def test_a_batch_says_what_it_lacks(panel: Any, dialogs: Dialogs, five_cases: Path) -> None:
+    panel.ui.batchStartButton.click()
+    assert "Choose a folder of volumes" in dialogs.errors[-1]
+    start_batch(panel, five_cases, Path("/proc/nowhere"))
+    settle(lambda: panel.batches.batch is None)
+    assert "/proc/nowhere" in dialogs.errors[-1]
+
+
+def test_selected_dicom_series_become_a_table(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = SimpleNamespace(currentSeriesSelection=lambda: ("1.2", "1.3"))
+    browser = SimpleNamespace(dicomBrowser=SimpleNamespace(dicomTableManager=lambda: manager))
+    representation = SimpleNamespace(self=lambda: SimpleNamespace(browserWidget=browser))
+    slicer.modules.dicom = SimpleNamespace(widgetRepresentation=lambda: representation)
+    files = {"1.2": ("/d/a.dcm", "/d/b.dcm"), "1.3": ("/d/c.dcm",)}
+    monkeypatch.setattr(slicer, "dicomDatabase", SimpleNamespace(filesForSeries=files.__getitem__))
+    panel.ui.batchDicomButton.click()
+    table = Path(panel.ui.batchInputEdit.currentPath).read_text(encoding="utf-8").splitlines()
+    assert table == ["input,case", "/d/a.dcm,1.2", "/d/c.dcm,1.3"]
+
+
+def test_the_doctor_examines_the_python_of_the_worker(panel: Any) -> None:
+    panel.ui.doctorButton.click()
+    assert not panel.ui.installButton.enabled
+    settle(lambda: panel.setupSection.process is None)
+    assert "torch" in panel.ui.doctorText.plainText
+    panel.ui.copyButton.click()
+    assert slicer.app.clipboard().text() == panel.ui.doctorText.plainText
+
+
+def test_nothing_is_installed_without_consent(panel: Any, dialogs: Dialogs) -> None:
+    dialogs.answer = False
+    panel.ui.installButton.click()
+    assert [kind for kind, _ in dialogs.said] == ["question"]
+    assert slicer.app.extensionsManagerModel().installed == []
+
+
+def test_install_begins_with_the_extension_pytorch(panel: Any) -> None:
+    panel.ui.installButton.click()
+    assert slicer.app.extensionsManagerModel().installed == ["PyTorch"]
+    assert "Restart Slicer" in panel.ui.doctorText.plainText
+
+
+def test_install_lets_pip_replace_nothing(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m4oe import install
+
+    calls: list[Any] = []
+    pytorch, packaging = ModuleType("PyTorchUtils"), ModuleType("slicer.packaging")
+    pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
+    pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: True)
+    packaging.pip_install = lambda packages, constraints, requester: calls.append(
+        (packages, constraints.read_text(encoding="utf-8"))
+    )
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
+    monkeypatch.setitem(sys.modules, "slicer.packaging", packaging)
+    monkeypatch.setattr(slicer, "packaging", packaging, raising=False)
+    wanted = next(entry for entry in install.REQUIREMENTS if entry.name == "tqdm")
+    monkeypatch.setattr(install, "missing", lambda: (wanted,))
+    panel.ui.installButton.click()
+    ((packages, constraints),) = calls
+    assert packages == [str(wanted)]
+    assert f"numpy=={np.__version__}" in constraints
+    assert "Installed" in panel.ui.doctorText.plainText
+
+
+def test_reload_takes_the_package_along(panel: Any) -> None:
+    panel.onReload()
+    assert not any(name.partition(".")[0] in ("m4oe", "M4oESegmentationLib") for name in sys.modules)
+
+
+def test_sample_data_are_offered_once_slicer_has_started(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[dict[str, str]] = []
+    module = ModuleType("SampleData")
+    logic = SimpleNamespace(registerCustomSampleDataSource=lambda **source: offered.append(source))
+    module.SampleDataLogic = logic
+    monkeypatch.setitem(sys.modules, "SampleData", module)
+    slicer.app.startupCompleted.emit()
+    assert offered[0]["category"] == "M4oE"
+    if CT.exists():
+        import hashlib
+
+        data = CT.with_name("ts_ct_3mm.nii.gz").read_bytes()
+        assert offered[0]["checksums"] == f"SHA256:{hashlib.sha256(data).hexdigest()}"

@@ -1,0 +1,228 @@
+"""The panel M4oETraining, driven as a user would, with trainings of a few voxels in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import qt
+import slicer
+import slicer.util
+from harness.application import settle
+from m4oe.files import write_volume
+from m4oe.geometry import Grid, Volume
+
+SHAPE = (4, 20, 20)
+AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
+
+
+def a_case(seed: int) -> tuple[Volume, Volume]:
+    """A CT of noise with two boxes: 1 liver, 2 spleen."""
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:3, 4:12, 4:10], labels[1:3, 4:12, 13:18] = 1, 2
+    image = np.random.default_rng(seed).normal(-40, 10, SHAPE) + 100.0 * labels
+    image[0, 0, :2] = -1000
+    return Volume(image.astype(np.int16), Grid(SHAPE, AFFINE)), Volume(labels, Grid(SHAPE, AFFINE))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    rows = ["case,modality,split"]
+    for seed, split in enumerate(("train", "val", "test")):
+        image, labels = a_case(seed)
+        write_volume(folder / f"a{seed}.nii.gz", image)
+        write_volume(folder / f"a{seed}_label.nii.gz", labels)
+        rows.append(f"a{seed},CT,{split}")
+    (folder / "cases.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def panel(open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / "Core"))
+    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
+    widget = open_panel("M4oETraining")
+    yield widget
+    if widget._view is not None and widget._view.run.state() in ("running", "pausing"):
+        widget._view.run.stop()
+        widget._view.run.enforce(0)
+
+
+def choose(panel: Any, data: Path, run: Path, length: float = 0.01) -> None:
+    """Adds the data and chooses a miniature training."""
+    ui = panel.ui
+    ui.labelsEdit.text = "1=liver,2=spleen"
+    ui.dataFolderEdit.currentPath = str(data)
+    ui.addFolderButton.click()
+    ui.runFolderEdit.currentPath = str(run)
+    ui.presetSelector.currentIndex = 0
+    ui.lengthSpinBox.value = length
+    ui.nameEdit.text = "mine"
+
+
+def state(panel: Any, *wanted: str) -> Callable[[], bool]:
+    return lambda: panel._view is not None and panel._view.state in wanted
+
+
+def test_a_training_is_started_paused_resumed_finished_and_used(
+    panel: Any, data: Path, tmp_path: Path, dialogs: Any, open_panel: Callable[[str], Any]
+) -> None:
+    ui, run = panel.ui, tmp_path / "a run"
+    choose(panel, data, run, 0.15)
+    assert "dense 48" in ui.stagesLabel.text
+    ui.startButton.click()
+    assert dialogs.errors == []
+    settle(lambda: (run / "events.jsonl").exists(), 90)
+    ui.pauseButton.click()
+    settle(state(panel, "paused", "failed"), 90)
+    assert panel._view.state == "paused" and ui.resumeButton.enabled and not ui.pauseButton.enabled
+    before = slicer.app.layoutManager().layout
+    ui.plotButton.click()
+    ui.resumeButton.click()
+    settle(state(panel, "finished", "failed"), 200)
+    assert ui.statusLabel.text == "Finished" and ui.progressBar.value == 100
+    panel._view.curves["loss"].update()
+    table = panel._view.curves["loss"]._table
+    assert table.GetNumberOfRows() == len(panel._view.curves["loss"]._rows) > 2
+    assert ui.diceTable.rowCount == 2 and not ui.previewLabel.pixmap.isNull()
+    ui.plotSelector.currentIndex = 1
+    panel.onPlot()
+    assert slicer.modules.plots.logic().shown is panel._view.curves["dice"].chart
+    ui.plotButton.click()
+    assert slicer.app.layoutManager().layout == before
+    ui.useModelButton.click()
+    assert dialogs.errors == []
+    segmentation = open_panel("M4oESegmentation")
+    names = [segmentation.ui.modelSelector.itemText(n) for n in range(segmentation.ui.modelSelector.count)]
+    assert any("mine" in name for name in names)
+
+
+def test_data_are_checked_in_the_background(panel: Any, data: Path) -> None:
+    (data / "a0_label.nii.gz").unlink()
+    choose(panel, data, data.parent / "run")
+    settle(lambda: not panel._data.busy, 60)
+    panel.onTimer()
+    texts = [panel.ui.dataTable.item(0, column).text() for column in range(4)]
+    assert texts[1] == "3" and "Liver (2)" in texts[2]
+    panel.ui.dataTable.setCurrentCell(0, 0)
+    panel.ui.removeDataButton.click()
+    assert panel.ui.dataTable.rowCount == 0 and panel.parameters.folders == []
+
+
+def test_what_is_missing_is_told(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
+    panel.ui.startButton.click()
+    assert "Choose a folder for the training" in dialogs.errors[-1]
+    panel.ui.runFolderEdit.currentPath = str(tmp_path / "run")
+    panel.ui.startButton.click()
+    assert "Add a data set first" in dialogs.errors[-1]
+    panel.ui.addFolderButton.click()
+    assert "Choose a folder with a data set" in dialogs.errors[-1]
+    panel.ui.addSceneButton.click()
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path / "scene")
+    panel.ui.addSceneButton.click()
+    assert "no segmentation that belongs to a volume" in dialogs.errors[-1]
+
+
+def test_a_folder_that_cannot_be_written_is_told(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
+    (tmp_path / "file").touch()
+    choose(panel, data, tmp_path / "file" / "run")
+    panel.ui.startButton.click()
+    assert "can be written" in dialogs.errors[-1] and panel._view is None
+
+
+def test_a_run_goes_on_when_the_scene_is_closed_and_is_found_again(
+    panel: Any, data: Path, tmp_path: Path, open_panel: Callable[[str], Any], scene: Any
+) -> None:
+    run = tmp_path / "run"
+    choose(panel, data, run, 5)
+    panel.ui.startButton.click()
+    settle(lambda: (run / "events.jsonl").exists(), 90)
+    panel.ui.plotButton.click()
+    scene.Clear(False)
+    assert not panel.ui.plotButton.checked and panel._view.run.state() == "running"
+    second = open_panel("M4oETraining")
+    assert second.ui.runSelector.currentData == str(run)
+    assert second._view.state == "running"
+    second.ui.stopButton.click()
+    settle(state(second, "stopped"), 90)
+    assert second.ui.statusLabel.text == "Stopped" and second.ui.resumeButton.enabled
+    settle(state(panel, "stopped"), 10)
+    second.ui.forgetButton.click()
+    assert second.ui.runSelector.count == 0 and (run / "checkpoint.safetensors").exists()
+
+
+def test_a_run_that_fails_says_why(panel: Any, data: Path, tmp_path: Path) -> None:
+    choose(panel, tmp_path, tmp_path / "run")
+    panel.parameters.folders = [str(tmp_path / "nothing")]
+    panel.ui.startButton.click()
+    settle(state(panel, "failed"), 60)
+    assert panel.ui.statusLabel.text.startswith("Failed: m4oe: error:")
+
+
+def test_the_open_scene_becomes_a_data_set(panel: Any, tmp_path: Path, dialogs: Any) -> None:
+    image, labels = a_case(1)
+    volume = slicer.util.addVolumeFromArray(image.array, ijkToRAS=AFFINE, name="Patient 1")
+    segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "drawn")
+    segmentation.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    for value, name in ((1, "liver"), (2, "Milz?")):
+        segment = segmentation.GetSegmentation().AddEmptySegment(name, name)
+        mask = (labels.array == value).astype(np.uint8)
+        slicer.util.updateSegmentBinaryLabelmapFromArray(mask, segmentation, segment, volume)
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path / "scene")
+    panel.ui.addSceneButton.click()
+    assert dialogs.errors == []
+    assert panel.ui.findingsLabel.text == "1 cases were written. Left out, as no structure has such a name: Milz?"
+    settle(lambda: not panel._data.busy, 60)
+    assert "Liver (1)" in panel.ui.dataTable.item(0, 2).text()
+    assert (tmp_path / "scene" / "cases.csv").read_text(encoding="utf-8").split()[1] == "Patient_1,CT,ct"
+
+
+def test_an_estimate_is_shown(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
+    choose(panel, data, tmp_path / "run")
+    panel.ui.estimateButton.click()
+    settle(lambda: panel._estimate is None, 120)
+    assert dialogs.errors == [] and panel.ui.statusLabel.text.startswith("About ")
+
+
+def test_a_model_is_evaluated_on_chosen_cases(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
+    (data / "labels.csv").write_text("label,name\n1,liver\n2,spleen", encoding="utf-8")
+    for path in data.glob("*_label.nii.gz"):
+        path.with_name(path.name.replace(".nii.gz", ".csv")).write_text(
+            "label,name\n1,liver\n2,spleen", encoding="utf-8"
+        )
+    ui = panel.ui
+    ui.evaluateButton.click()
+    assert "Choose the folder of the volumes" in dialogs.errors.pop()
+    ui.evaluationImagesEdit.currentPath = ui.evaluationTruthEdit.currentPath = str(data)
+    ui.evaluationFolderEdit.currentPath = str(tmp_path / "scores")
+    ui.evaluateButton.click()
+    settle(lambda: panel._evaluation is None, 120)
+    assert ui.evaluationLabel.text.startswith("The scores are in"), ui.evaluationLabel.text
+    assert ui.evaluationTable.rowCount >= 2
+
+
+def test_the_choices_stay_with_the_scene(panel: Any, data: Path, tmp_path: Path, scene: Any) -> None:
+    choose(panel, data, tmp_path / "run", 2.5)
+    folders = list(panel.parameters.folders)
+    path = tmp_path / "scene.mrml"
+    scene.SetURL(str(path))
+    scene.Commit(str(path))
+    scene.Clear(False)
+    assert panel.parameters.folders == []
+    scene.SetURL(str(path))
+    scene.Connect(str(path))
+    assert panel.parameters.folders == folders and panel.ui.lengthSpinBox.value == 2.5
+
+
+def test_a_settings_list_of_runs_that_is_damaged_is_none(panel: Any) -> None:
+    from M4oETrainingLib import Runs
+
+    for text in ("no json", json.dumps([1, "/nowhere"])):
+        qt.QSettings().setValue("M4oE/runs", text)
+        assert Runs.known() == []
