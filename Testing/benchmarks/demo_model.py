@@ -130,10 +130,10 @@ def demo_config(length: float) -> TrainConfig:
     """The stages, `length` times as long."""
     stages = (
         Stage("dense", 2400, 1e-3),
-        Stage("experts", 2300, 7e-4, balance=0.2),
-        Stage("gate", 120, 2e-2),
-        Stage("joint", 1000, 4e-4, balance=0.0),
-        Stage("gate", 250, 2e-2),
+        Stage("experts", 1500, 7e-4, balance=0.2),
+        Stage("gate", 80, 2e-2),
+        Stage("joint", 650, 4e-4, balance=0.0),
+        Stage("gate", 200, 2e-2),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages)
     return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,10 @@ def from_the_middle() -> np.ndarray:
     return np.hypot(*(np.indices(SHAPE)[1:] - SHAPE[1] // 2))
 
 
-def an_atlas(spec: ModelSpec = SPEC) -> Atlas:
+@cache
+def an_atlas() -> Atlas:
     image, labels = a_person()
-    return make_atlas(labels, MEANINGS, ANNOTATED, spec, image, "person")
+    return make_atlas(labels, MEANINGS, ANNOTATED, SPEC, image, "person")
 
 
 def a_synthesiser(*atlases: Atlas, seed: int = 0, images: int = 2, **options: object) -> Synthesiser:
@@ -161,7 +163,7 @@ def test_ranks_share_the_images_of_a_step() -> None:
         assert torch.equal(part.images_BSHW, whole.images_BSHW[rank::2])
 
 
-def drawn(synthesiser: Synthesiser, expert: int, label: int, count: int = 24) -> tuple[list[float], list[float]]:
+def drawn(synthesiser: Synthesiser, expert: int, label: int, count: int = 16) -> tuple[list[float], list[float]]:
     """Median intensity of a label and of all else in the body, in each image that shows enough of it."""
     inside, outside = [], []
     for seed in range(count):
@@ -176,7 +178,7 @@ def drawn(synthesiser: Synthesiser, expert: int, label: int, count: int = 24) ->
 def test_labels_lie_where_their_structures_are_drawn() -> None:
     """The bladder is what is bright in T2, and so are the pixels with its label."""
     inside, outside = drawn(a_synthesiser(), T2, 2)
-    assert len(inside) > 8
+    assert len(inside) > 5
     assert np.mean(np.array(inside) > np.array(outside)) > 0.7
 
 
@@ -225,7 +227,7 @@ def test_slices_of_bodies_without_structures_are_dark_and_bright_too() -> None:
 def test_an_expert_of_another_name_sees_every_contrast_of_its_modality() -> None:
     experts = (ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR"))
     spec = replace(SPEC, network=NetworkSpec(experts=2), experts=experts)
-    synthesiser = Synthesiser(spec, [an_atlas(spec)], 2, 40, 0)
+    synthesiser = Synthesiser(spec, [an_atlas()], 2, 40, 0)
     names = {synthesiser.draw(1, np.random.default_rng(seed)).names[0] for seed in range(30)}
     assert names == {"person as mr_t1", "person as mr_t2", "person as mr_t1ce"}
 
