@@ -407,7 +407,7 @@ def test_stages_out_of_order_are_refused(names: tuple[str, ...]) -> None:
 def test_the_best_weights_of_a_stage_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, states = iter([0.5, 0.9, 0.2]), []
 
-    def scored(predictor: Any, sources: Any, gated: bool) -> list[Any]:
+    def scored(predictor: Any, sources: Any, gated: bool, *drawn: Any) -> list[Any]:
         states.append({key: value.clone() for key, value in predictor.network.state_dict().items()})
         return [("a", {"liver": next(scores)})]
 
@@ -475,7 +475,7 @@ def the_whole_liver() -> tuple[Volume, Volume]:
 
 def test_a_tumour_is_liver_where_the_case_annotates_no_tumours() -> None:
     source = CaseSource("a", 0, ("liver",), (), the_whole_liver)
-    assert list(module._validation_scores(Tumours(), [source], True)) == [("a", {"liver": 1})]
+    assert list(module._validation_scores(Tumours(), [source], True, [])) == [("a", {"liver": 1})]
     (result,) = score._results(Tumours(), [source], print)
     assert result.dice == {"liver": 1}
 
@@ -486,7 +486,7 @@ def test_validation_lets_gates_inside_the_network_choose(
 ) -> None:
     found: list[bool] = []
     whole = module._validation_scores
-    monkeypatch.setattr(module, "_validation_scores", lambda *given: found.append(given[-1]) or whole(*given))
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: found.append(given[2]) or whole(*given))
     network, stages = replace(NETWORK, gate=gate), (Stage("experts", 2, 1e-3), Stage("joint", 2, 1e-3))
     config = replace(CONFIG, network=network, stages=stages, validate_every=2)
     run(tmp_path, config, replace(some_data(validation=True), spec=of(network)))
