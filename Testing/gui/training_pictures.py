@@ -1,4 +1,4 @@
-"""Makes the pictures of the training guide from a real run: `python Testing/gui/training_pictures.py DATA Docs/pictures`.
+"""Makes the pictures of the training guide: `python Testing/gui/training_pictures.py DATA Docs/pictures`.
 
 DATA is a data set with validation cases; the training is a miniature.
 """
