@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,18 @@ from slicer.util import VTKObservationMixin
 if importlib.util.find_spec("m4oe") is None:  # run from the source tree, not from an installed extension
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "Core"))
 
+from M4oESegmentationLib.Errors import errorsShown
+
 if TYPE_CHECKING:
     from m4oe.client import Client
     from m4oe.jobs import Report
     from slicer import vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode
+
+_SAMPLE = (
+    "https://raw.githubusercontent.com/wasserth/TotalSegmentator/0e65a448d557382b1e925276212b3bec7f5aff83"
+    "/tests/reference_files/example_ct.nii.gz"
+)
+_SAMPLE_CHECKSUM = "SHA256:dbd3ae6d614d1d7ef3a46925c30c70038ed52da6b37fdd6afdc7b9b71387e3e1"
 
 
 class M4oESegmentation(ScriptedLoadableModule):
@@ -52,14 +60,15 @@ class M4oESegmentation(ScriptedLoadableModule):
 
 
 def registerSampleData() -> None:
-    """Offers a public CT and MR in the module Sample Data."""
+    """Offers a public CT (Apache-2.0) in the module Sample Data."""
     import SampleData
 
     SampleData.SampleDataLogic.registerCustomSampleDataSource(
         category="M4oE",
         sampleName="M4oECT",
-        uris="https://github.com/wasserth/TotalSegmentator/raw/v2.0.5/tests/reference_files/example_ct.nii.gz",
+        uris=_SAMPLE,
         fileNames="M4oECT.nii.gz",
+        checksums=_SAMPLE_CHECKSUM,
         nodeNames="M4oECT",
     )
 
@@ -73,14 +82,16 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.logic: M4oESegmentationLogic | None = None
         self.parameters: Any = None
         self._guiTag: int | None = None
-        self._run = self._batch = self._process = self._infoJob = None
+        self._run: Any = None
 
     # ---- life
 
     def setup(self) -> None:
-        from M4oESegmentationLib import Worker
-        from M4oESegmentationLib.Batch import FORMATS
+        from M4oESegmentationLib.Batch import BatchSection
+        from M4oESegmentationLib.Results import ResultsSection
+        from M4oESegmentationLib.Setup import SetupSection
         from M4oESegmentationLib.Structures import StructureList
+        from M4oESegmentationLib.Worker import WorkerSection
 
         ScriptedLoadableModuleWidget.setup(self)
         panel = slicer.util.loadUI(self.resourcePath("UI/M4oESegmentation.ui"))
@@ -88,58 +99,34 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui = ui = slicer.util.childWidgetVariables(panel)
         panel.setMRMLScene(slicer.mrmlScene)
         self.logic = M4oESegmentationLogic()
-        self._structures = StructureList(
-            ui.structureList, ui.structureSearchBox, ui.presetSelector, self.onStructuresChanged
-        )
-        for place, label in Worker.labels().items():
-            ui.workerSelector.addItem(label, place)
-        for key, label in FORMATS.items():
-            ui.batchFormatSelector.addItem(label, key)
         self._timer = qt.QTimer()
         self._timer.setInterval(100)
         self._timer.connect("timeout()", self.onTimer)
-        self._showMachine()
-        self._connect()
-        self._showModels()
-        self.initializeParameterNode()
-
-    def _connect(self) -> None:
-        ui = self.ui
-        for button, slot in (
-            (ui.applyButton, self.onApply),
-            (ui.cancelButton, self.onCancel),
-            (ui.importModelButton, self.onImportModel),
-            (ui.showModelsButton, self.onShowModels),
-            (ui.refreshDevicesButton, self.onRefreshDevices),
-            (ui.editButton, self.onEdit),
-            (ui.csvButton, self.onSaveTable),
-            (ui.dicomButton, self.onSaveDicom),
-            (ui.batchDicomButton, self.onBatchDicom),
-            (ui.batchStartButton, self.onBatchStart),
-            (ui.batchStopButton, self.onBatchStop),
-            (ui.doctorButton, self.onDoctor),
-            (ui.installButton, self.onInstall),
-            (ui.bundleButton, self.onImportBundle),
-            (ui.copyButton, self.onCopyReport),
-        ):
-            button.connect("clicked()", slot)
+        self._structures = StructureList(
+            ui.structureList, ui.structureSearchBox, ui.presetSelector, self.onStructuresChanged
+        )
+        self.results = ResultsSection(ui, lambda: self.parameters.result)
+        self.batches = BatchSection(ui, self._choices, self.onChanged)
+        self.setupSection = SetupSection(ui, self.onChanged)
+        self.worker = WorkerSection(ui, self.logic.client, self.onChanged)
+        ui.applyButton.connect("clicked()", self.onApply)
+        ui.cancelButton.connect("clicked()", self.onCancel)
+        ui.importModelButton.connect("clicked()", self.onImportModel)
+        ui.showModelsButton.connect("clicked()", self.onShowModels)
         ui.modelSelector.connect("activated(int)", self.onModelChanged)
         ui.expertSelector.connect("activated(int)", self.onExpertChanged)
-        ui.deviceSelector.connect("activated(int)", self.onMachineChanged)
-        ui.workerSelector.connect("activated(int)", self.onMachineChanged)
-        ui.pythonPathEdit.connect("currentPathChanged(QString)", self.onMachineChanged)
-        ui.hostEdit.connect("editingFinished()", self.onMachineChanged)
         scene = slicer.mrmlScene
         self.addObserver(scene, scene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(scene, scene.EndCloseEvent, self.onSceneEndClose)
         self.addObserver(scene, scene.EndImportEvent, self.onSceneEndImport)
+        self._showModels()
+        self.initializeParameterNode()
 
     def cleanup(self) -> None:
         """Ends what is under way when Slicer or the module ends."""
         self._timer.stop()
-        for running in (self._batch, self._process):
-            if running is not None:
-                running.stop()
+        self.batches.stop()
+        self.setupSection.stop()
         self._forgetParameterNode()
         self.removeObservers()
         self.logic.close()
@@ -193,7 +180,7 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onParametersModified(self, caller: Any = None, event: str = "") -> None:
         self._showState()
 
-    # ---- models, structures, machine
+    # ---- models, structures
 
     def _showModels(self) -> None:
         """Lists the installed models, and chooses the one of the parameter node or the first."""
@@ -241,54 +228,15 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
         path = qt.QFileDialog.getOpenFileName(None, _("Import a model"), "", _("Models (*.safetensors)"))
         if path:
-            with self._errorsShown(_("The model was not imported.")):
+            with errorsShown(_("The model was not imported.")):
                 self.parameters.model = importModel(path)
                 self._showModels()
 
     def onShowModels(self) -> None:
         from M4oESegmentationLib.Models import modelFolder
 
-        with self._errorsShown(_("The folder of models cannot be shown.")):
+        with errorsShown(_("The folder of models cannot be shown.")):
             qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(modelFolder()))
-
-    def _showMachine(self) -> None:
-        """Shows the settings of this machine."""
-        from M4oESegmentationLib import Worker
-
-        ui = self.ui
-        ui.workerSelector.currentIndex = ui.workerSelector.findData(Worker.place())
-        ui.pythonPathEdit.currentPath = Worker.setting("python", "")
-        ui.hostEdit.text = Worker.setting("host", "")
-        self._showDevices(())
-
-    def _showDevices(self, devices: Sequence[Any]) -> None:
-        from M4oESegmentationLib import Worker
-
-        selector, chosen = self.ui.deviceSelector, Worker.setting("device", "auto")
-        selector.clear()
-        selector.addItem(_("Automatic"), "auto")
-        for device in devices:
-            text = _("{name}, {free:.1f} GB free").format(name=device.description, free=device.free_mib / 1024)
-            selector.addItem(text, device.name)
-        if selector.findData(chosen) < 0:
-            selector.addItem(chosen, chosen)
-        selector.currentIndex = selector.findData(chosen)
-
-    def onMachineChanged(self, *what: Any) -> None:
-        from M4oESegmentationLib import Worker
-
-        ui = self.ui
-        Worker.setSetting("device", ui.deviceSelector.currentData or "auto")
-        Worker.setSetting("worker", ui.workerSelector.currentData)
-        Worker.setSetting("python", ui.pythonPathEdit.currentPath)
-        Worker.setSetting("host", ui.hostEdit.text.strip())
-        self._showState()
-
-    def onRefreshDevices(self) -> None:
-        with self._errorsShown(_("The worker cannot be asked for its devices.")):
-            self._infoJob = self.logic.client().begin_info()
-            self._timer.start()
-            self._showState()
 
     # ---- one volume
 
@@ -307,11 +255,10 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         )
 
     def onApply(self) -> None:
-        with self._errorsShown(_("The segmentation could not be started.")):
+        with errorsShown(_("The segmentation could not be started.")):
             parameters = self.parameters
             self._run = self.logic.start(parameters.inputVolume, parameters.outputSegmentation, self._choices())
-            self._timer.start()
-            self._showState()
+            self.onChanged()
 
     def onCancel(self) -> None:
         if self._run is not None:
@@ -326,18 +273,14 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.ui.statusLabel.text = sentence
             if self._run.poll():
                 self._endRun()
-        if self._batch is not None:
-            ended = self._batch.poll()
-            self.ui.batchProgressBar.value = round(100 * self._batch.fraction)
-            self.ui.batchStatusLabel.text = self._batch.sentence
-            if ended:
-                self._endBatch()
-        if self._process is not None and self._process.done():
-            self._endProcess()
-        if self._infoJob is not None and self._infoJob.done():
-            self._endInfo()
-        if not any((self._run, self._batch, self._process, self._infoJob)):
+        busy = [self.batches.poll(), self.setupSection.poll(), self.worker.poll(), self._run is not None]
+        if not any(busy):
             self._timer.stop()
+
+    def onChanged(self) -> None:
+        """Something has begun, ended or been set."""
+        self._timer.start()
+        self._showState()
 
     def _endRun(self) -> None:
         from m4oe.jobs import Cancelled
@@ -358,15 +301,7 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             slicer.util.errorDisplay(_("The segmentation failed.") + f"\n\n{run.error}")
         self._showState()
 
-    def _endInfo(self) -> None:
-        job, self._infoJob = self._infoJob, None
-        with self._errorsShown(_("The worker cannot be asked for its devices.")):
-            info = job.result()
-            self._showDevices(info.devices)
-            self.ui.statusLabel.text = info.problem
-        self._showState()
-
-    # ---- what is possible now, and the result
+    # ---- what is possible now
 
     def _showState(self) -> None:
         """Enables what can be done, and says why the rest cannot."""
@@ -380,7 +315,7 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             (not self._specs, _("No model is installed. Import a model file.")),
             (self.parameters.inputVolume is None, _("Choose a CT or MR volume.")),
             (not self._structures.checked(), _("Check at least one structure.")),
-            (self._infoJob is not None, _("The worker is asked for its devices.")),
+            (self.worker.job is not None, _("The worker is asked for its devices.")),
         )
         reason = next((text for applies, text in reasons if applies), "")
         ui.applyButton.enabled = not reason
@@ -388,138 +323,12 @@ class M4oESegmentationWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.cancelButton.enabled = running
         ui.allFramesCheckBox.visible = framesOf(self.parameters.inputVolume) is not None
         ui.uncertaintyCheckBox.enabled = not (self.parameters.allFrames and ui.allFramesCheckBox.visible)
-        place = ui.workerSelector.currentData
-        ui.pythonPathEdit.enabled, ui.hostEdit.enabled = place == "python", place == "ssh"
-        ui.batchStartButton.enabled = self._batch is None and bool(self._specs)
-        ui.batchStopButton.enabled = self._batch is not None
-        for button in (ui.doctorButton, ui.installButton, ui.bundleButton):
-            button.enabled = self._process is None
+        self.worker.showState()
+        self.batches.showState(bool(self._specs))
+        self.setupSection.showState()
         if not running and (reason or not ui.statusLabel.text):
             ui.statusLabel.text = reason
-        self._showResult()
-
-    def _showResult(self) -> None:
-        from M4oESegmentationLib import Results
-        from M4oESegmentationLib.Run import reportOf
-
-        ui, node = self.ui, self.parameters.result
-        report = reportOf(node)
-        ui.resultsCollapsibleButton.enabled = report is not None
-        ui.resultsCollapsibleButton.collapsed = report is None
-        ui.show3DButton.setSegmentationNode(node)
-        if report is None:
-            ui.resultsTable.setRowCount(0)
-            return
-        ui.resultLabel.text = f"{node.GetName()}: {report.model}. {Results.gateText(report)}"
-        pixmap = Results.gatePixmap(report, 380)
-        ui.gateLabel.visible = pixmap is not None
-        if pixmap is not None:
-            ui.gateLabel.setPixmap(pixmap)
-            ui.gateLabel.toolTip = _("The gate: {shares}").format(shares=Results.gateShares(report))
-        ui.warningsLabel.text = "\n".join(f"• {warning}" for warning in report.warnings)
-        Results.fillTable(ui.resultsTable, node, report)
-
-    def _sourceVolume(self) -> Any:
-        """The volume that the shown result was made of."""
-        node = self.parameters.result
-        return node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
-
-    def onEdit(self) -> None:
-        from M4oESegmentationLib.Results import editSegmentation
-
-        editSegmentation(self.parameters.result, self._sourceVolume())
-
-    def onSaveTable(self) -> None:
-        from M4oESegmentationLib.Results import writeCsv
-        from M4oESegmentationLib.Run import reportOf
-
-        name = f"{self.parameters.result.GetName()}.csv"
-        path = qt.QFileDialog.getSaveFileName(None, _("Save the table"), name, _("Tables (*.csv)"))
-        if path:
-            with self._errorsShown(_("The table was not saved.")):
-                writeCsv(Path(path), self.parameters.result, reportOf(self.parameters.result))
-
-    def onSaveDicom(self) -> None:
-        from M4oESegmentationLib.Results import saveAsDicom
-
-        with self._errorsShown(_("The segmentation was not saved as DICOM.")):
-            saveAsDicom(self.parameters.result, self._sourceVolume())
-            slicer.util.infoDisplay(_("The segmentation is in Slicer's DICOM database, in the study of its volume."))
-
-    # ---- batch
-
-    def onBatchDicom(self) -> None:
-        from M4oESegmentationLib.Batch import tableOfSelectedSeries
-
-        with self._errorsShown(_("The selection cannot be taken.")):
-            self.ui.batchInputEdit.currentPath = tableOfSelectedSeries()
-
-    def onBatchStart(self) -> None:
-        from M4oESegmentationLib.Batch import Batch
-
-        ui = self.ui
-        with self._errorsShown(_("The batch could not be started.")):
-            places = (ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath)
-            fileFormat, pictures = ui.batchFormatSelector.currentData, ui.batchPicturesCheckBox.checked
-            self._batch = Batch(ui.batchTable, *places, fileFormat, pictures, self._choices())
-            for edit in (ui.batchInputEdit, ui.batchOutputEdit):
-                edit.addCurrentPathToHistory()
-            self._timer.start()
-            self._showState()
-
-    def onBatchStop(self) -> None:
-        if self._batch is not None:
-            self._batch.stop()
-
-    def _endBatch(self) -> None:
-        batch, self._batch = self._batch, None
-        if batch.error:
-            self.ui.batchStatusLabel.text = _("The batch ended early; start it again to go on.")
-            if not batch.stopped:
-                slicer.util.errorDisplay(_("The batch ended early.") + f"\n\n{batch.error}")
-        self._showState()
-
-    # ---- installation and doctor
-
-    def _begin(self, start: Callable[[], Any]) -> None:
-        with self._errorsShown(_("That could not be started.")):
-            self._process = start()
-            self.ui.doctorText.setPlainText(_("Working; this may take a minute."))
-            self._timer.start()
-            self._showState()
-
-    def _endProcess(self) -> None:
-        process, self._process = self._process, None
-        self.ui.doctorText.setPlainText("\n".join([*process.lines(), *process.tail]))
-        self._showModels()
-
-    def onDoctor(self) -> None:
-        from M4oESegmentationLib import Setup
-
-        self._begin(Setup.doctor)
-
-    def onImportBundle(self) -> None:
-        from M4oESegmentationLib import Setup
-
-        path = qt.QFileDialog.getOpenFileName(None, _("Import a bundle"), "", _("Bundles (*.zip)"))
-        if path:
-            self._begin(lambda: Setup.importBundle(path))
-
-    def onInstall(self) -> None:
-        from M4oESegmentationLib import Setup
-
-        question = _("PyTorch and a few small packages are downloaded (up to 4 GB) and installed into Slicer's Python.")
-        if slicer.util.confirmOkCancelDisplay(question + "\n\n" + _("What Slicer brings is not replaced. Go on?")):
-            with self._errorsShown(_("The installation failed.")):
-                self.ui.doctorText.setPlainText(Setup.install())
-
-    def onCopyReport(self) -> None:
-        slicer.app.clipboard().setText(self.ui.doctorText.plainText)
-
-    def _errorsShown(self, message: str) -> Any:
-        from M4oESegmentationLib.Errors import errorsShown
-
-        return errorsShown(message)
+        self.results.show()
 
 
 class M4oESegmentationLogic(ScriptedLoadableModuleLogic):

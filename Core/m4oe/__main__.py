@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         return say_error(error, 2)
     except KeyboardInterrupt as stop:
-        return say_error("interrupted; files already written are complete", *(stop.args or (130,)))
+        after = getattr(options, "after_stop", "")
+        return say_error(f"interrupted; files already written are complete{after}", *(stop.args or (130,)))
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -197,7 +198,8 @@ def _info(options: argparse.Namespace) -> int:
     spec = read_spec(path)
     lines = [f"{spec.name} {spec.version}  {path}", spec.description, spec.limits]
     lines.append(f"licence: {spec.licence or 'not given'}")
-    lines += [line for key, value in spec.training.items() for line in _fact(f"training {key}", value)]
+    facts = {key: value for key, value in spec.training.items() if key != "scored_cases"}  # which the table shows
+    lines += [line for key, value in facts.items() for line in _fact(f"training {key}", value)]
     lines.append(f"input: {spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker\n")
     print("\n".join(line for line in (*lines, score_table(spec)) if line))
     return 0

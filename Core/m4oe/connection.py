@@ -215,8 +215,10 @@ class Connection:
     def _verdict(self, code: int | None) -> str:
         """What the exit code tells, and what to do."""
         how = "closed its output" if code is None else f"ended with {_exit_name(code)}"
+        if not self._greeted and code == _SSH_FAILED:
+            return f"the worker {how}, which ssh says when there is no connection; try its command in a terminal"
         if not self._greeted:
-            return f"the worker {how} before it started; try its command in a terminal (a Python must be 3.11 or newer)"
+            return f"the worker {how} before it started; try its command in a terminal, expected one that runs m4oe"
         if code in _KILLED:
             return (
                 "the worker was killed, most likely by the system as the memory ran out; "

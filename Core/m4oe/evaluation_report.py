@@ -78,7 +78,8 @@ def score_table(model: Mapping[str, Any]) -> str:
     def row(name: str, means: Mapping[str, float | None]) -> str:
         return name.ljust(29) + "".join(number(means[metric], places).rjust(9) for metric, places in _PLACES.items())
 
-    lines = [f"{model['name']}: {model['cases']} cases".ljust(29) + "     Dice      NSD  HD95 mm  cases  missed  false"]
+    cases = f"{model['cases']} case{'' if model['cases'] == 1 else 's'}"
+    lines = [f"{model['name']}: {cases}".ljust(29) + "     Dice      NSD  HD95 mm  cases  missed  false"]
     for key, entry in model["structures"].items():
         means = {metric: entry[metric]["mean"] if entry[metric] else None for metric in _PLACES}
         counts = f"{entry['in_truth']:>7}{entry['missed']:>8}{entry['false_positives']:>7}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
 import os
 import re
@@ -33,6 +34,8 @@ _LABEL_NAME = re.compile(r"(^|[ ._-])(label(s|map)?([ ._-].*)?|seg|segmentation|
 _TABLE = ("LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A")
 _MOST_LABELS = 256  # values that a label map may have
 _ALIKE = 0.75  # of the voxels of a value equal the one before: 0.84 and more in maps of organs, far fewer in images
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HEADER_BYTES = 352  # of a NIfTI file without extensions, as ITK writes it
 _UNEVEN = 0.05  # part of the usual slice gap by which a gap may differ
 _CODES = {
     "Category": "category",
@@ -41,6 +44,10 @@ _CODES = {
     "Region": "region",
     "RegionModifier": "region_modifier",
 }
+
+
+class WriteError(OSError):
+    """A file could not be written, for no fault of what was read; the text names the file."""
 
 
 def read_volume(path: str | os.PathLike[str], frame: int | None = None) -> Volume:
@@ -127,7 +134,9 @@ def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     found = [entry for place in places for entry in _expand(place)]
     if not found:
         searched = ", ".join(str(place) for place in places) or "an empty list"
-        raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.")
+        inner = any(entry.is_dir() for place in places for entry in _entries(place))
+        cure = " Its subfolders are not searched: name them." if inner else ""
+        raise ValueError(f"No image found in {searched}, expected DICOM or {' '.join(_IMAGES)}.{cure}")
     return found
 
 
@@ -143,6 +152,13 @@ def find_label_maps(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     files = (entry for entry in _entries(folder) if entry.is_file()) if folder.is_dir() else ()
     return [entry for entry in files if _suffix(entry, _IMAGES) and _is_called_labels(entry)]
+
+
+def labelled_image(path: str | os.PathLike[str]) -> str:
+    """Name without suffix of the image that a file's name (CT_label.nii.gz) says to be labelled there, or ""."""
+    stem = _stem(Path(path), _IMAGES)
+    match = _LABEL_NAME.search(stem)
+    return stem[: match.start()] if match else ""
 
 
 def is_label_map(path: str | os.PathLike[str], volume: Volume) -> bool:
@@ -194,9 +210,9 @@ def write_segmentation(
             _write_seg_nrrd(temporary, labels, present, source)
         return [path]
     table = path.with_name(f"{_stem(path, _SEGMENTATIONS)}.csv")
-    with atomic_write(path) as temporary_image, atomic_write(table) as temporary_table:
-        _write_itk(temporary_image, labels)
+    with atomic_write(table) as temporary_table, atomic_write(path) as temporary_image:
         _write_color_table(temporary_table, present)
+        _write_itk(temporary_image, labels)
     return [path, table]
 
 
@@ -207,6 +223,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Missing folders are made.
 
     Raises:
+        WriteError: The disk is full, or a writer's error names the temporary file.
         OSError: The folder cannot be made or written, or `path` is a folder.
     """
     path = Path(path)
@@ -218,13 +235,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
     except OSError as error:
-        raise OSError(f"Cannot write into the folder {path.parent}: {error.strerror}.") from error
+        raise WriteError(f"Cannot write into the folder {path.parent}: {error.strerror}.") from error
     try:
         yield temporary
         temporary.chmod(mode)  # safetensors puts a file of its own in the place, for the owner's eyes only
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise WriteError(f"Cannot write {path}: the disk is full; make room and try again.") from error
+        if temporary.name in str(error):
+            raise WriteError(str(error).replace(str(temporary), str(path))) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_room(file: str | os.PathLike[str]) -> None:
+    """Has the system say why a library could not write a file, which it does not tell itself.
+
+    Raises:
+        OSError: The disk takes no more of it.
+    """
+    with Path(file).open("ab") as written:
+        written.write(bytes(1 << 20))
 
 
 # Finding
@@ -538,7 +571,21 @@ def _write_itk(path: Path, volume: Volume) -> None:
         with _silent_itk():
             sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError as error:
+        check_room(path)
         raise OSError(f"Cannot write {path}: {str(error).splitlines()[-1]}") from error
+    if _suffix(path, _NIFTI) and _unpacked_bytes(path) != (_HEADER_BYTES + volume.array.nbytes) % 2**32:
+        check_room(path)
+        raise OSError(f"Cannot write {path}: it came out incomplete; check the disk and try again.")
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """Length of a NIfTI file, unpacked as the end of a gzip file says, modulo 2^32; ITK does not tell a cut one."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if _suffix(path, _NIFTI) == ".nii":
+            return size % 2**32
+        file.seek(max(0, size - 4))
+        return int.from_bytes(file.read(4), "little")
 
 
 def _write_color_table(path: Path, present: Mapping[int, Structure]) -> None:

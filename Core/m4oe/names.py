@@ -100,11 +100,16 @@ def read_meanings(source: Path | str) -> dict[int, str]:
     Raises:
         ValueError: It cannot be read, or a name is no structure.
     """
-    keys, unknown = keys_of(read_label_table(source))
+    keys = _all_known(source, read_label_table(source))
+    return {value: key for value, key in keys.items() if key != BACKGROUND}
+
+
+def _all_known(source: Path | str, names: Mapping[int, str]) -> dict[int, str]:
+    keys, unknown = keys_of(names)
     if unknown:
         named = ", ".join(f"{value} ({name})" for value, name in unknown.items())
         raise ValueError(f"{source} names what is no structure: {named}; see structures.csv for the keys")
-    return {value: key for value, key in keys.items() if key != BACKGROUND}
+    return keys
 
 
 def read_label_table(source: Path | str) -> dict[int, str]:
@@ -114,7 +119,7 @@ def read_label_table(source: Path | str) -> dict[int, str]:
     index, id or value, and a column key, structure or name: Slicer's colour tables and those of BIDS do.
 
     Raises:
-        ValueError: The file is missing or holds no such table, or the text is another one.
+        ValueError: The file is missing or holds no such table, or the text is another one or names no structure.
     """
     path = Path(source)
     if "=" in str(source) and not path.exists():
@@ -135,7 +140,9 @@ def _from_text(text: str) -> dict[int, str]:
     pairs = [item.partition("=")[::2] for item in text.split(",")]
     if not all(value.strip().isdecimal() and name.strip() for value, name in pairs):
         raise ValueError(f"the labels {text} are not understood, expected a file or such as 1=liver,2=spleen")
-    return {int(value): name.strip() for value, name in pairs}
+    names = {int(value): name.strip() for value, name in pairs}
+    _all_known(text, names)  # unlike those of a table, they were all meant to be used
+    return names
 
 
 def _from_json(text: str) -> dict[int, str]:

@@ -30,7 +30,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 QUALITIES = {"standard": 1.0, "fast": 2.0}  # times the slice spacing
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
-_SURE = 0.6
+_SURE = 0.75  # probability of the gate below which the user is warned
 _CONFIDENT = 0.6  # mean probability of a structure below which the user is warned
 
 

@@ -17,6 +17,8 @@ from vtkmodules.vtkCommonDataModel import vtkImageData
 from vtkmodules.vtkFiltersCore import vtkFlyingEdges3D
 from vtkmodules.vtkRenderingCore import vtkTextProperty, vtkTextRenderer
 
+from .files import check_room
+
 Floats = NDArray[np.floating[Any]]  # pictures are [row, column, RGB] from 0 to 1, row 0 on top
 Color = tuple[float, float, float]
 
@@ -210,4 +212,5 @@ def write_png(path: os.PathLike[str], picture: Floats) -> None:
     try:
         sitk.WriteImage(image, os.fspath(path), useCompression=True)
     except RuntimeError as error:
+        check_room(path)
         raise OSError(f"Cannot write {path}.") from error

@@ -129,6 +129,7 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frame", type=int, metavar="N", help="frame of 4-D volumes, from 0; 3-D ones have but one")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--quality", choices=("standard", "fast"), default="standard", help="fast: half of the slices")
 
 
 def _segment(options: argparse.Namespace) -> int:
@@ -141,8 +142,8 @@ def _segment(options: argparse.Namespace) -> int:
         predictor = load_predictor(options)
         start_folder(options.output, predictor.spec, voice)
         ready = _entries(options.output)
-    for name, error in failed if options.output.is_dir() else ():
-        _record(options.output, name, {"error": error}, voice)
+    for name, entry in failed if options.output.is_dir() else ():
+        _record(options.output, name, entry, voice)
     try:
         for number, case in enumerate(cases, start=1):
             if options.resume and _is_done(case, ready or {}, predictor.spec, options):
@@ -177,17 +178,19 @@ def _sum_up(outcomes: Counter[str], total: int, options: argparse.Namespace, voi
 
 def _find_cases(
     paths: Sequence[Path], voice: Voice, outcomes: Counter[str]
-) -> tuple[list[_Case], list[tuple[str, str]]]:
-    """What there is to read, each once, and the name and error of what holds nothing.
+) -> tuple[list[_Case], list[tuple[str, dict[str, str]]]]:
+    """What there is to read, each once, and the name, input and error of what holds nothing.
 
-    Label maps that only a folder names are counted in `outcomes` and left out.
+    Label maps that only a folder names, or that are named with their images, are counted in `outcomes` and left out.
     """
+    from .files import labelled_image
+
     found: dict[_Case, None] = {}
-    failed: list[tuple[str, str]] = []
+    failed: list[tuple[str, dict[str, str]]] = []
     wanted: list[_Case] = []
 
-    def fail(name: str, error: Exception) -> None:
-        failed.append((name, one_line(error)))
+    def fail(path: Path, name: str, error: Exception) -> None:
+        failed.append((name, {"input": str(path.absolute()), "error": one_line(error)}))
         voice.error(error)
         voice.event("failed", case=name, error=one_line(error))
 
@@ -196,19 +199,24 @@ def _find_cases(
             is_table = path.suffix.lower() == ".csv" and path.is_file()
             rows = _read_table(path) if is_table else [_Case(path)]
         except (ValueError, OSError) as error:
-            fail(_stem(path), error)
+            fail(path, _stem(path), error)
             continue
         for row in rows:
             if isinstance(row, _Case):
                 wanted.append(row)
             else:
-                fail(*row)
+                fail(path, *row)
     named = {case.path for case in wanted}
+    images = {(path.parent, _stem(path)): path for path in named}
     for case in wanted:
+        image = images.get((case.path.parent, labelled_image(case.path)))
+        if image and case.path in paths:  # as a pattern such as *.nii.gz names both
+            outcomes["label map"] += _say_label_map(case.path, _stem(case.path), voice, f"it without {image.name}")
+            continue
         try:
             found |= dict.fromkeys(_expand(case, named, voice, outcomes))
         except (ValueError, OSError) as error:
-            fail(case.name or _stem(case.path), error)
+            fail(case.path, case.name or _stem(case.path), error)
     return _named(list(found)), failed
 
 
@@ -256,8 +264,8 @@ def _row_case(table: Path, number: int, row: Mapping[str, str | None]) -> _Case 
     return _Case(path, name, expert or None, int(frame) if frame else None)
 
 
-def _say_label_map(path: Path, name: str, voice: Voice) -> int:
-    voice.say(f"skipped {path}: it is a label map; name the file itself to segment it all the same")
+def _say_label_map(path: Path, name: str, voice: Voice, how: str = "the file itself") -> int:
+    voice.say(f"skipped {path}: it is a label map; name {how} to segment it all the same")
     voice.event("skipped", case=name, reason="label map")
     return 1
 
@@ -342,11 +350,14 @@ def _is_done(case: _Case, entries: Mapping[str, Any], spec: ModelSpec, options: 
 def _asked(case: _Case, options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for a case, as volumes.json keeps it."""
     frame = options.frame if case.frame is None else case.frame
-    return {"expert": case.expert or options.expert, "structures": options.structures, "frame": frame}
+    expert = case.expert or options.expert
+    return {"expert": expert, "structures": options.structures, "frame": frame, "quality": options.quality}
 
 
 def _segment_case(predictor: Predictor, case: _Case, options: argparse.Namespace, voice: Voice) -> str:
     """Segments one input and says what came of it: "done", "skipped" or "failed"."""
+    from .files import WriteError
+
     asked = _asked(case, options)
     options = argparse.Namespace(**{**vars(options), "expert": asked["expert"], "frame": asked["frame"]})
     try:
@@ -355,23 +366,40 @@ def _segment_case(predictor: Predictor, case: _Case, options: argparse.Namespace
             _say_label_map(case.path, case.name, voice)
             return "skipped"
         labels, report = segment_volume(predictor, volume, case.name, case.path, options, voice)
-        if options.preview:
-            draw(predictor, volume, labels, report, case.name, options)
+        drawn = options.preview and _is_drawn(predictor, volume, labels, report, case.name, options, voice)
     except (BrokenPipeError, ImportError):  # nobody reads what is printed, the case is done; or no case can be
         raise
     except Exception as error:  # a fault of ours in one case must not stop the others
         expected = isinstance(error, FAILURES)
         what = one_line(error) if expected else f"unexpected {type(error).__name__}: {one_line(error)}"
-        sentence = what if str(case.path) in what else f"{case.path}: {what}"
+        sentence = what if isinstance(error, WriteError) or str(case.path) in what else f"{case.path}: {what}"
         voice.error(sentence)
         if not expected:
             voice.note("".join(traceback.format_exception(error)))
-        _record(options.output, case.name, {"error": sentence}, voice)
+        _record(options.output, case.name, {"input": str(case.path.absolute()), "error": sentence}, voice)
         voice.event("failed", case=case.name, error=sentence)
         return "failed"
-    files = _entries(options.output)[case.name]["files"] + ([f"{case.name}.png"] if options.preview else [])
+    files = _entries(options.output)[case.name]["files"] + ([f"{case.name}.png"] if drawn else [])
     voice.event("done", case=case.name, files=files, report=asdict(report))
     return "done"
+
+
+def _is_drawn(
+    predictor: Predictor,
+    volume: Volume,
+    labels: Volume,
+    report: Report,
+    name: str,
+    options: argparse.Namespace,
+    voice: Voice,
+) -> bool:
+    """Draws a result that is written already, so that a failure is no more than a warning."""
+    try:
+        draw(predictor, volume, labels, report, name, options)
+    except FAILURES as error:
+        voice.say(f"m4oe: warning: {name}: the result is written, its picture is not: {one_line(error)}")
+        return False
+    return True
 
 
 def _is_named(case: _Case, options: argparse.Namespace) -> bool:
@@ -399,13 +427,13 @@ def segment_volume(
 ) -> tuple[Volume, Report]:
     """Writes the labels, adds the case to the tables and tells what was found."""
     with voice.progress(name) as show:
-        labels, report = predictor(volume, options.expert, options.structures, show)
+        labels, report = predictor(volume, options.expert, options.structures, show, quality=options.quality)
         show("write", 1.0)
         target = options.output / f"{name}.{options.format}"
         written = _write(target, labels, predictor.spec, source)
     entry = {"input": str(source.absolute()), "files": [path.name for path in written], **asdict(report)}
     asked = {"expert": options.expert, "structures": options.structures, "frame": options.frame}
-    _record(options.output, name, entry | {"asked": asked}, voice)
+    _record(options.output, name, entry | {"asked": asked | {"quality": options.quality}}, voice)
     found = count(len(report.volumes_ml), "structure")
     voice.result(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s")
     for warning in report.warnings:
@@ -458,7 +486,8 @@ def _record(folder: Path, case: str, entry: Mapping[str, Any], voice: Voice) -> 
     with _alone_in(folder):
         entries = _entries(folder)
         earlier = entries.get(case, {})
-        entries[case] = (earlier if "error" in entry else {}) | {**entry}
+        kept = earlier if "error" in entry and "volumes_ml" in earlier else {}
+        entries[case] = {**entry, **kept, "error": entry["error"]} if "error" in entry else {**entry}
         with atomic_write(folder / "volumes.json") as new:
             new.write_text(json.dumps(entries, indent=2), encoding="utf-8")
         with (
@@ -466,7 +495,7 @@ def _record(folder: Path, case: str, entry: Mapping[str, Any], voice: Voice) -> 
             new.open("w", newline="", encoding="utf-8", errors=bytes_of_paths) as file,
         ):
             csv.writer(file).writerows([_COLUMNS, *_rows(entries)])
-    if "files" in entry and earlier.get("input", entry["input"]) != entry["input"]:
+    if "files" in entry and "files" in earlier and earlier.get("input", entry["input"]) != entry["input"]:
         voice.say(f"m4oe: warning: {case}: replaces the earlier result of {earlier['input']}")
     if stale := [name for name in earlier.get("files", ()) if "files" in entry and name not in entry["files"]]:
         voice.say(f"m4oe: warning: {case}: {', '.join(stale)} in {folder} may be of an earlier run")
@@ -505,17 +534,19 @@ def _entries(folder: Path) -> dict[str, Any]:
 def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row per case and structure; a case that failed, or where nothing was found, has one without a structure.
 
-    The note of a row has the warnings of its case.
+    The note of a row has the flags of its structure, that of a case's first row also the warnings of the case.
     """
     rows: list[tuple[str, ...]] = []
     for case, entry in entries.items():
         failed = entry.get("error", "")
         volumes = entry.get("volumes_ml", {}) if failed else entry["volumes_ml"]
         experts = " ".join(key for key, weight in entry.get("expert_weights", {}).items() if weight >= 0.005)
-        about = (experts, entry.get("model", ""), "; ".join(entry.get("warnings", ())))
-        rows += [(case, key, structure(key).name, f"{volume:.2f}", *about) for key, volume in volumes.items()]
+        about, warnings = (experts, entry.get("model", "")), tuple(entry.get("warnings", ()))
+        for number, (key, volume) in enumerate(volumes.items()):
+            notes = (*entry.get("flags", {}).get(key, ()), *(warnings if number == 0 else ()))
+            rows.append((case, key, structure(key).name, f"{volume:.2f}", *about, "; ".join(notes)))
         if failed:
             rows.append((case, "", "", "", "", "", failed))
         elif not volumes:
-            rows.append((case, "", "", "", *about))
+            rows.append((case, "", "", "", *about, "; ".join(warnings)))
     return rows

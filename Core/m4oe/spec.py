@@ -112,6 +112,7 @@ class ModelSpec:
         pixel_mm: In-plane spacing of the canonical grid.
         slice_mm: Slice spacing of the canonical grid; thicker slices stay as they are.
         intensity: Rule per modality.
+        training: What is known of it; "scored_cases" is how many cases of each expert the scores come from.
         scores: Dice per expert and structure on cases that training never saw.
     """
 
@@ -159,14 +160,15 @@ class ModelSpec:
         return dict(enumerate(self.structures, start=1))
 
     def expert_index(self, name: str) -> int:
-        """Position of the expert called `name`.
+        """Position of the expert called `name`, in letters of any case.
 
         Raises:
             ValueError: No expert has that name.
         """
-        if name not in self.expert_names:
+        names = [other.lower() for other in self.expert_names]
+        if name not in self.expert_names and name.lower() not in names:
             raise ValueError(f"expert {name!r} is unknown; {self.name} has: {', '.join(self.expert_names)}")
-        return self.expert_names.index(name)
+        return self.expert_names.index(name) if name in self.expert_names else names.index(name.lower())
 
     def labels_of(self, keys: Sequence[str]) -> list[int]:
         """Label values of the structures `keys`.

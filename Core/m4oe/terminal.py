@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,15 @@ def count(number: int, noun: str) -> str:
 
 
 def keys(text: str) -> list[str]:
-    """The parts of a list with commas."""
-    return [key.strip() for key in text.split(",")]
+    """The parts of a list with commas, at least one."""
+    return [key.strip() for key in text.split(",") if key.strip()] or [text]
 
 
 def one_line(error: object) -> str:
     """What an error says, without line breaks."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        file = error.filename2 or error.filename  # of two, the copy
+        return f"the disk is full{f', cannot write {file}' if file else ''}; make room and try again"
     return " ".join(str(error).split())  # whatever a library says
 
 
@@ -70,8 +74,11 @@ def score_table(spec: ModelSpec) -> str:
     """Dice by structure and expert, as text."""
     width = max(10, *(len(name) + 2 for name in spec.expert_names))
     data = spec.training.get("data")
-    lines = [f"Scored on cases that training did not see{f' (training data: {data})' if data else ''}:"]
+    cases = "computer-made phantoms" if "phantom" in str(data) else "cases"
+    lines = [f"Scored on {cases} that training did not see{f' (training data: {data})' if data else ''}:"]
     lines.append("Dice".ljust(24) + "".join(name.rjust(width) for name in spec.expert_names))
+    if counts := spec.training.get("scored_cases"):
+        lines.append("(cases)".ljust(24) + "".join(str(counts.get(n, "-")).rjust(width) for n in spec.expert_names))
     for key in spec.structures:
         values = [spec.scores.get(name, {}).get(key) for name in spec.expert_names]
         lines.append(key.ljust(24) + "".join(("-" if v is None else f"{v:.3f}").rjust(width) for v in values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .data_commands import add_sources, plan_folders
 from .jobs import Cancelled
 from .spec import DEFAULT_MODEL, find_model, read_spec
-from .terminal import one_line, prepare_folder, say, score_table
+from .terminal import count, one_line, prepare_folder, say, score_table
 from .training_run import EVENTS
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def add_train_command(commands: Any) -> None:
     train.add_argument("--preset", choices=("small", "full"), default="small", help="default: %(default)s")
     train.add_argument("--length", type=float, default=1.0, metavar="F", help="times the preset's steps")
     train.add_argument("--pretrain", type=int, default=0, metavar="N", help="steps of pretraining without labels")
+    train.add_argument("--synthesise", action="store_true", help="also draw the label maps as CT and as MR contrasts")
     train.add_argument("--init", metavar="WHAT", help="start from: timm, a file of a Swin transformer, or MODEL:EXPERT")
     train.add_argument("--add-modality", metavar="NAME", help="add the expert NAME to --model and train it alone")
     train.add_argument("--model", metavar="NAME", help=f"that gets the expert; file or name, default: {DEFAULT_MODEL}")
@@ -60,7 +61,7 @@ def add_train_command(commands: Any) -> None:
     train.add_argument("--estimate", action="store_true", help="train nothing, but measure what it will take, as JSON")
     train.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     train.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder of the run")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, after_stop="; the same command goes on")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -79,6 +80,8 @@ def _train(options: argparse.Namespace) -> int:
         if options.estimate:
             print(json.dumps(estimate(job.config, job.data, device, job.start)))
             return 0
+        if job.data.atlases and ranks.rank == 0:
+            _write_synthesis(options.output / "synthesis.png", job, emit)
         try:
             model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
         except Cancelled as pause:
@@ -107,6 +110,8 @@ def _check(options: argparse.Namespace) -> None:
     """
     if bool(options.folders) == options.phantoms:
         raise ValueError("expected a plan of m4oe data plan, folders with data sets, or --phantoms")
+    if options.synthesise and (options.phantoms or options.add_modality):
+        raise ValueError("--synthesise draws the label maps of a plan or of folders; leave out the other option")
     if options.add_modality and (options.phantoms or options.init or options.pretrain):
         raise ValueError("--add-modality trains on a plan or folders, from --model alone; leave out the other option")
     if options.model and not options.add_modality:
@@ -115,18 +120,20 @@ def _check(options: argparse.Namespace) -> None:
 
 def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
     from .training.config import DEMO, QUICK
+    from .training.phantom import MODALITIES
     from .training.phantom_data import phantom_data, unseen_phantoms
 
     config = _with_options(QUICK if options.quick else DEMO, options)
-    count, unseen = (8, 2) if options.quick else (60, 5)
-    count = 1 if options.estimate else count
-    data = phantom_data(config, count, emit)
+    each, unseen = (8, 2) if options.quick else (60, 5)
+    each = 1 if options.estimate else each
+    _tell(emit, config, MODALITIES, each * len(MODALITIES))
+    data = phantom_data(config, each, emit)
     return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data))
 
 
 def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
     from .training.config import FULL, QUICK, SMALL
-    from .training.plan_data import addition_config, addition_spec, held_back, plan_config, plan_data
+    from .training.plan_data import addition_config, addition_spec, held_back, plan_config, plan_data, planned_experts
     from .training.start import start_addition
 
     cache = options.cache or options.output / "cache"
@@ -134,20 +141,38 @@ def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
     with ranks.first_alone():
         plan = _plan(options)
         if not options.add_modality:
-            config = plan_config(config, plan)
-            data = plan_data(config, plan, cache, emit, scheduler=options.scheduler)
+            config = plan_config(config, plan, options.synthesise)
+            _tell(emit, config, planned_experts(plan, options.synthesise), len(plan.cases("train")))
+            data = plan_data(config, plan, cache, emit, None, options.scheduler, options.synthesise)
             return _Job(config, data, held_back(plan, data.spec), _start(options, config, data))
         model = find_model(options.model or DEFAULT_MODEL)
         config = addition_config(config, read_spec(model))
         spec = addition_spec(config, plan, read_spec(model), options.add_modality)
+        _tell(emit, config, [options.add_modality], len(plan.cases("train")))
         data = plan_data(config, plan, cache, emit, spec, options.scheduler)
         return _Job(config, data, held_back(plan, data.spec), start_addition(model, data))
+
+
+def _tell(emit: Emit, config: TrainConfig, experts: Iterable[str], cases: int) -> None:
+    """Says what is trained before the cases are prepared, which may take long."""
+    steps = config.steps_before(len(config.stages))
+    emit({"event": "training", "experts": list(experts), "cases": cases, "steps": steps})
 
 
 def _start(options: argparse.Namespace, config: TrainConfig, data: TrainingData) -> MoESwinUNet | None:
     from .training.start import start_network
 
     return start_network(options.init, config, data.spec.structures) if options.init else None
+
+
+def _write_synthesis(path: Path, job: _Job, emit: Emit) -> None:
+    """Writes what synthetic images look like, before any time is spent on them."""
+    from .raster import write_png
+    from .training.synthesis import Synthesiser, preview
+
+    config = job.config
+    write_png(path, preview(Synthesiser(job.data.spec, job.data.atlases, config.images, config.crop, config.seed)))
+    emit({"event": "synthesis", "picture": str(path)})
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -204,7 +229,7 @@ def _bar(options: argparse.Namespace) -> Iterator[Callable[[Mapping[str, Any]], 
                 bar.total, bar.n = event["overall_steps"], event["overall"]
                 bar.set_description(event["stage"], refresh=False)
                 bar.set_postfix_str(_losses(event))
-            elif line := _line(event):
+            elif event["event"] != "prepared" and (line := _line(event)):  # which has a bar of its own
                 bar.write(line, file=sys.stderr)
             return True
 
@@ -243,10 +268,19 @@ def _line(event: Mapping[str, Any]) -> str:
             return f"{event['stage']} {event['step']}: validation Dice {event['score']:.3f}"
         case "left out":
             return f"m4oe: warning: {event['case']} is left out: {event['reason']}"
+        case "resumed" if event["stage"] == event["stages"]:
+            return "the run is finished; its model is scored again"
         case "resumed":
             return f"goes on at step {event['step']} of stage {event['stage'] + 1}"
+        case "training":
+            experts = f"{'experts' if len(event['experts']) > 1 else 'expert'} {', '.join(event['experts'])}"
+            return f"trains {experts} on {count(event['cases'], 'case')} in {count(event['steps'], 'step')}"
+        case "prepared":
+            return f"preparing {event['made']}/{event['of']}"
         case "phantoms":
             return f"phantoms {event['made']}/{event['of']}"
+        case "synthesis":
+            return f"synthetic images: {event['picture']}"
         case "memory":
             return f"memory is short: batches are computed in {event['parts']} parts"
         case "paused":

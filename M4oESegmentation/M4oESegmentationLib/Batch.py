@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import qt
 import slicer
+import slicer.util
 from slicer.i18n import tr as _
 
 from . import Worker
+from .Errors import errorsShown
 from .Process import Process
 from .Run import Choices
 
@@ -106,12 +108,13 @@ class Batch:
                     case, _("{found} structures, {warnings} warnings").format(found=len(found), warnings=warnings)
                 )
             case "skipped":
-                self._tell(case, _("done before"))
+                reasons = {"done": _("done before"), "label map": _("left out: it is a label map")}
+                self._tell(case, reasons.get(event["reason"], event["reason"]))
             case "failed":
                 self._tell(case, _("failed: {error}").format(error=event["error"]))
             case "end":
                 self.fraction = 1.0
-                self.sentence = _("{done} done, {skipped} done before, {failed} failed").format(**event)
+                self.sentence = _("{done} done, {skipped} skipped, {failed} failed").format(**event)
 
     def _tell(self, case: str, text: str) -> None:
         if case not in self._rows:
@@ -121,6 +124,68 @@ class Batch:
         item = qt.QTableWidgetItem(text)
         item.setToolTip(text)
         self._table.setItem(self._rows[case], 1, item)
+
+
+class BatchSection:
+    """The panel's part for batches."""
+
+    def __init__(self, ui: Any, choices: Callable[[], Choices], changed: Callable[[], None]) -> None:
+        """Connects the widgets.
+
+        Args:
+            ui: The panel's widgets.
+            choices: Gives what is chosen in the panel.
+            changed: Called when a batch has begun or ended.
+        """
+        self._ui, self._choices, self._changed = ui, choices, changed
+        self.batch: Batch | None = None
+        for key, label in FORMATS.items():
+            ui.batchFormatSelector.addItem(label, key)
+        ui.batchDicomButton.connect("clicked()", self._takeSelection)
+        ui.batchStartButton.connect("clicked()", self._start)
+        ui.batchStopButton.connect("clicked()", self.stop)
+
+    def showState(self, possible: bool) -> None:
+        """Enables the buttons; `possible` says whether there is a model."""
+        self._ui.batchStartButton.enabled = self.batch is None and possible
+        self._ui.batchStopButton.enabled = self.batch is not None
+
+    def poll(self) -> bool:
+        """Shows how far it is; whether a batch is under way."""
+        if self.batch is None:
+            return False
+        ended = self.batch.poll()
+        self._ui.batchProgressBar.value = round(100 * self.batch.fraction)
+        self._ui.batchStatusLabel.text = self.batch.sentence
+        if ended:
+            self._end()
+        return not ended
+
+    def stop(self) -> None:
+        if self.batch is not None:
+            self.batch.stop()
+
+    def _start(self) -> None:
+        ui = self._ui
+        with errorsShown(_("The batch could not be started.")):
+            places = (ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath)
+            fileFormat, pictures = ui.batchFormatSelector.currentData, ui.batchPicturesCheckBox.checked
+            self.batch = Batch(ui.batchTable, *places, fileFormat, pictures, self._choices())
+            for edit in (ui.batchInputEdit, ui.batchOutputEdit):
+                edit.addCurrentPathToHistory()
+            self._changed()
+
+    def _end(self) -> None:
+        batch, self.batch = self.batch, None
+        if batch.error:
+            self._ui.batchStatusLabel.text = _("The batch ended early; start it again to go on.")
+            if not batch.stopped:
+                slicer.util.errorDisplay(_("The batch ended early.") + f"\n\n{batch.error}")
+        self._changed()
+
+    def _takeSelection(self) -> None:
+        with errorsShown(_("The selection cannot be taken.")):
+            self._ui.batchInputEdit.currentPath = tableOfSelectedSeries()
 
 
 def tableOfSelectedSeries() -> str:

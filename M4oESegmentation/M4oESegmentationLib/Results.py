@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,13 @@ import slicer
 import slicer.util
 from slicer.i18n import tr as _
 
+from .Errors import errorsShown
+from .Run import reportOf
+
 if TYPE_CHECKING:
     from m4oe.jobs import Report
 
-_BAR_HEIGHT, _TEXT_HEIGHT = 14, 18
+_BAR_WIDTH, _BAR_HEIGHT, _TEXT_HEIGHT = 380, 14, 18
 _SHOWN = 0.15  # share of the gate below which the bar has no room for the expert's name
 _COLORS = ((46, 110, 165), (222, 132, 44), (86, 150, 78), (160, 88, 156), (120, 120, 120))
 
@@ -159,3 +163,52 @@ def saveAsDicom(segmentationNode: Any, volumeNode: Any) -> None:
         if failure:
             raise RuntimeError(_("DICOM SEG could not be written: {failure}").format(failure=failure))
         DICOMUtils.importDicom(folder, slicer.dicomDatabase, True)
+
+
+class ResultsSection:
+    """The panel's part that shows a segmentation of ours, and what can be done with it."""
+
+    def __init__(self, ui: Any, result: Callable[[], Any]) -> None:
+        """Connects the widgets; `result` gives the segmentation node to show, or None."""
+        self._ui, self._result = ui, result
+        ui.editButton.connect("clicked()", self._edit)
+        ui.csvButton.connect("clicked()", self._saveTable)
+        ui.dicomButton.connect("clicked()", self._saveDicom)
+
+    def show(self) -> None:
+        ui, node = self._ui, self._result()
+        report = reportOf(node)
+        ui.resultsCollapsibleButton.enabled = report is not None
+        ui.resultsCollapsibleButton.collapsed = report is None
+        ui.show3DButton.setSegmentationNode(node)
+        if report is None:
+            ui.resultsTable.setRowCount(0)
+            return
+        ui.resultLabel.text = f"{node.GetName()}: {report.model}. {gateText(report)}"
+        pixmap = gatePixmap(report, _BAR_WIDTH)
+        ui.gateLabel.visible = pixmap is not None
+        if pixmap is not None:
+            ui.gateLabel.setPixmap(pixmap)
+            ui.gateLabel.toolTip = _("The gate: {shares}").format(shares=gateShares(report))
+        ui.warningsLabel.text = "\n".join(f"• {warning}" for warning in report.warnings)
+        fillTable(ui.resultsTable, node, report)
+
+    def _volume(self) -> Any:
+        """The volume that the segmentation was made of."""
+        node = self._result()
+        return node.GetNodeReference(node.GetReferenceImageGeometryReferenceRole())
+
+    def _edit(self) -> None:
+        editSegmentation(self._result(), self._volume())
+
+    def _saveTable(self) -> None:
+        node = self._result()
+        path = qt.QFileDialog.getSaveFileName(None, _("Save the table"), f"{node.GetName()}.csv", _("Tables (*.csv)"))
+        if path:
+            with errorsShown(_("The table was not saved.")):
+                writeCsv(Path(path), node, reportOf(node))
+
+    def _saveDicom(self) -> None:
+        with errorsShown(_("The segmentation was not saved as DICOM.")):
+            saveAsDicom(self._result(), self._volume())
+            slicer.util.infoDisplay(_("The segmentation is in Slicer's DICOM database, in the study of its volume."))

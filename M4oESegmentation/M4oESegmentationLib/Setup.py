@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import qt
 import slicer
 import slicer.util
 from slicer.i18n import tr as _
 
 from . import Worker
+from .Errors import errorsShown
 from .Process import Process
 
 _PYTORCH = "PyTorch"  # Slicer's extension that brings torch
@@ -45,7 +49,7 @@ def install() -> str:
     _installTorch()
     from m4oe.install import constraints, missing
 
-    wanted = missing()
+    wanted = [str(requirement) for requirement in missing() if not requirement.core]
     if not wanted:
         return _("All packages are there.")
     with tempfile.TemporaryDirectory() as folder:
@@ -89,3 +93,53 @@ def _pipInstall(packages: list[str], constraints: Path) -> None:
         slicer.util.pip_install([*packages, "--constraint", str(constraints)])
         return
     packaging.pip_install(packages, constraints=constraints, requester="M4oE")
+
+
+class SetupSection:
+    """The panel's part for installation and doctor."""
+
+    def __init__(self, ui: Any, changed: Callable[[], None]) -> None:
+        """Connects the widgets; `changed` is called when something has begun or ended."""
+        self._ui, self._changed = ui, changed
+        self.process: Process | None = None
+        ui.doctorButton.connect("clicked()", lambda: self._begin(doctor))
+        ui.installButton.connect("clicked()", self._install)
+        ui.bundleButton.connect("clicked()", self._importBundle)
+        ui.copyButton.connect("clicked()", self._copy)
+
+    def showState(self) -> None:
+        for button in (self._ui.doctorButton, self._ui.installButton, self._ui.bundleButton):
+            button.enabled = self.process is None
+
+    def poll(self) -> bool:
+        """Shows what it said when it has ended; whether something is under way."""
+        if self.process is None or not self.process.done():
+            return self.process is not None
+        process, self.process = self.process, None
+        self._ui.doctorText.setPlainText("\n".join([*process.lines(), *process.tail]))
+        self._changed()
+        return False
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stop()
+
+    def _begin(self, start: Callable[[], Process]) -> None:
+        with errorsShown(_("That could not be started.")):
+            self.process = start()
+            self._ui.doctorText.setPlainText(_("Working; this may take a minute."))
+            self._changed()
+
+    def _importBundle(self) -> None:
+        path = qt.QFileDialog.getOpenFileName(None, _("Import a bundle"), "", _("Bundles (*.zip)"))
+        if path:
+            self._begin(lambda: importBundle(path))
+
+    def _install(self) -> None:
+        question = _("PyTorch and a few small packages are downloaded (up to 4 GB) and installed into Slicer's Python.")
+        if slicer.util.confirmOkCancelDisplay(question + "\n\n" + _("What Slicer brings is not replaced. Go on?")):
+            with errorsShown(_("The installation failed.")):
+                self._ui.doctorText.setPlainText(install())
+
+    def _copy(self) -> None:
+        slicer.app.clipboard().setText(self._ui.doctorText.plainText)

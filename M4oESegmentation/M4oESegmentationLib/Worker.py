@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import qt
 import slicer.util
 from slicer.i18n import tr as _
+
+from .Errors import errorsShown
 
 if TYPE_CHECKING:
     from m4oe.client import Client
@@ -78,3 +80,70 @@ def newClient() -> Client:
     from m4oe.client import Client
 
     return Client(command("worker"), environment())
+
+
+class WorkerSection:
+    """The panel's part for the worker: where it runs, and on which device."""
+
+    def __init__(self, ui: Any, client: Callable[[], Client], changed: Callable[[], None]) -> None:
+        """Connects the widgets and shows the settings.
+
+        Args:
+            ui: The panel's widgets.
+            client: Gives the client of the worker.
+            changed: Called when something has changed.
+        """
+        self._ui, self._client, self._changed = ui, client, changed
+        self.job: Any = None
+        for where, label in labels().items():
+            ui.workerSelector.addItem(label, where)
+        ui.workerSelector.currentIndex = ui.workerSelector.findData(place())
+        ui.pythonPathEdit.currentPath = setting("python", "")
+        ui.hostEdit.text = setting("host", "")
+        self._showDevices(())
+        ui.refreshDevicesButton.connect("clicked()", self._ask)
+        ui.deviceSelector.connect("activated(int)", self.save)
+        ui.workerSelector.connect("activated(int)", self.save)
+        ui.pythonPathEdit.connect("currentPathChanged(QString)", self.save)
+        ui.hostEdit.connect("editingFinished()", self.save)
+
+    def save(self, *what: Any) -> None:
+        """Keeps what is chosen in the settings of this machine."""
+        ui = self._ui
+        setSetting("device", ui.deviceSelector.currentData or "auto")
+        setSetting("worker", ui.workerSelector.currentData)
+        setSetting("python", ui.pythonPathEdit.currentPath)
+        setSetting("host", ui.hostEdit.text.strip())
+        self._changed()
+
+    def showState(self) -> None:
+        where = self._ui.workerSelector.currentData
+        self._ui.pythonPathEdit.enabled, self._ui.hostEdit.enabled = where == PYTHON, where == SSH
+
+    def poll(self) -> bool:
+        """Shows the devices when the worker has answered; whether it is still asked."""
+        if self.job is None or not self.job.done():
+            return self.job is not None
+        job, self.job = self.job, None
+        with errorsShown(_("The worker cannot be asked for its devices.")):
+            info = job.result()
+            self._showDevices(info.devices)
+            self._ui.statusLabel.text = info.problem
+        self._changed()
+        return False
+
+    def _ask(self) -> None:
+        with errorsShown(_("The worker cannot be asked for its devices.")):
+            self.job = self._client().begin_info()
+            self._changed()
+
+    def _showDevices(self, devices: Sequence[Any]) -> None:
+        selector, chosen = self._ui.deviceSelector, setting("device", "auto")
+        selector.clear()
+        selector.addItem(_("Automatic"), "auto")
+        for device in devices:
+            text = _("{name}, {free:.1f} GB free").format(name=device.description, free=device.free_mib / 1024)
+            selector.addItem(text, device.name)
+        if selector.findData(chosen) < 0:
+            selector.addItem(chosen, chosen)
+        selector.currentIndex = selector.findData(chosen)

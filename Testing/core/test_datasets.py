@@ -611,5 +611,7 @@ def test_what_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="t.csv"):
         read_label_table(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match=r"1=livre names what is no structure: 1 \(livre\)"):
+        read_label_table("1=livre")
     with pytest.raises(ValueError, match="none.json cannot be read"):
         read_label_table(tmp_path / "none.json")

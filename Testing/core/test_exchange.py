@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from m4oe.files import read_volume
 from m4oe.labels import catalogue
 from m4oe.names import keys_of, named_values
+from m4oe.training import exchange
 from m4oe.training.cases import CaseFiles, DataSet, load_case
 from m4oe.training.datasets import find_datasets
 from m4oe.training.exchange import FORMATS, _nnunet_values, _Part, export
@@ -63,6 +64,20 @@ def test_what_is_written_comes_back(layout: str, a_set: DataSet, tmp_path: Path)
         "c4": "train",
         "c5": "test",
     }
+
+
+def test_an_export_that_fails_is_not_in_the_way_of_the_next(
+    a_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange, "_nnunet_values", refuse)
+        with pytest.raises(OSError, match="the disk is full"):
+            exported(a_set, tmp_path / "out", "nnunet")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert exported(a_set, tmp_path / "out", "nnunet")
 
 
 def test_nnunet_gets_what_its_documentation_asks_for(a_set: DataSet, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import gzip
 import struct
+import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -506,6 +508,9 @@ def test_finding_nothing_is_an_error(tmp_path: Path) -> None:
         find_inputs([tmp_path])
     with pytest.raises(FileNotFoundError, match="There is no file or folder"):
         find_inputs([tmp_path / "nothing"])
+    saved(tmp_path / "a" / "b" / "CT.mha")
+    with pytest.raises(ValueError, match="Its subfolders are not searched: name them"):
+        find_inputs([tmp_path / "a"])
 
 
 # Label maps
@@ -694,6 +699,30 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
             temporary.write_text("half")
             raise failure
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("name", ["a.seg.nrrd", "a.nii.gz", "a.nii", "a.nrrd", "a.mha", "a.png"])
+def test_file_that_finds_no_room_is_told_and_not_left(tmp_path: Path, name: str) -> None:
+    program = f"""
+import resource, sys
+import numpy as np
+from m4oe.files import Grid, Volume, atomic_write, write_segmentation, write_volume
+from m4oe.raster import write_png
+noise = np.random.default_rng(0).integers(0, 2, (64, 64, 64)).astype(np.uint8)
+path, labels = {str(tmp_path / name)!r}, Volume(noise, Grid(noise.shape, np.eye(4)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    if path.endswith(".png"):
+        with atomic_write(path) as temporary:
+            write_png(temporary, np.random.default_rng(0).random((300, 300, 3)))
+    write_segmentation(path, labels, {{1: "liver"}}, "model")
+except OSError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == f"Cannot write {tmp_path / name}: the disk is full; make room and try again.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_atomic_write_replaces_the_old_file(tmp_path: Path) -> None:

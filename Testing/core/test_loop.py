@@ -183,7 +183,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
                 process.kill()
     assert process.returncode == -signal.SIGKILL
     events = run(tmp_path / "killed")
-    assert events[0] == {"event": "resumed", "stage": 1, "step": 2}
+    assert events[0] == {"event": "resumed", "stage": 1, "stages": 4, "step": 2}
     run(tmp_path / "whole")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
@@ -407,7 +407,7 @@ def test_stages_out_of_order_are_refused(names: tuple[str, ...]) -> None:
 def test_the_best_weights_of_a_stage_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, states = iter([0.5, 0.9, 0.2]), []
 
-    def scored(predictor: Any, sources: Any, gated: bool, *drawn: Any) -> list[Any]:
+    def scored(predictor: Any, sources: Any, gated: bool, drawn: Any) -> list[Any]:
         states.append({key: value.clone() for key, value in predictor.network.state_dict().items()})
         return [("a", {"liver": next(scores)})]
 

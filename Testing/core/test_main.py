@@ -32,7 +32,8 @@ from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
 from m4oe.segment_command import Voice
 from m4oe.segment_command import _record as record
-from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec, read_spec
+from m4oe.terminal import score_table
 from m4oe.training import phantom as phantoms
 from scipy.ndimage import gaussian_filter
 
@@ -190,12 +191,12 @@ def test_a_preview_that_fails_loses_neither_result_nor_volumes(
     segment: Command, tmp_path: Path, capsys: Captured
 ) -> None:
     (tmp_path / "out" / "CT.png").mkdir(parents=True)
-    assert segment(saved(tmp_path / "CT.nii.gz"), "--preview") == 1
-    assert "CT.png: it is a folder" in the_error(capsys)
+    assert segment(saved(tmp_path / "CT.nii.gz"), "--preview") == 0
+    warning = "m4oe: warning: CT: the result is written, its picture is not: Cannot write"
+    assert warning in capsys.readouterr().err
     assert names(tmp_path / "out") == ["CT.png", "CT.seg.nrrd", "log.txt", "volumes.csv", "volumes.json"]
     report, table = reports(tmp_path / "out")["CT"], rows(tmp_path / "out")
-    assert "it is a folder" in report["error"] and report["error"] == table[-1]["note"]
-    assert len(table) == len(report["volumes_ml"]) + 1 > 1
+    assert "error" not in report and len(table) == len(report["volumes_ml"]) > 0
 
 
 def test_files_folders_and_dicom_are_segmented_together(segment: Command, tmp_path: Path) -> None:
@@ -292,7 +293,8 @@ def test_what_failed_and_what_was_not_found_are_in_the_tables(
     assert "1 of 3 segmented; results are in" in capsys.readouterr().out
     entries = reports(tmp_path / "out")
     assert entries["dark"]["volumes_ml"] == {} and "error" not in entries["dark"]
-    assert entries["bad"].keys() == entries["none"].keys() == {"error"}
+    assert entries["bad"].keys() == entries["none"].keys() == {"input", "error"}
+    assert [entries[name]["input"] for name in ("bad", "none")] == [str(inputs[0]), str(inputs[2])]
     notes = {row["case"]: row["note"] for row in rows(tmp_path / "out")}
     assert "nothing was found" in notes.pop("dark")
     assert notes == {"bad": entries["bad"]["error"], "none": f"There is no file or folder {inputs[2]}."}
@@ -313,7 +315,9 @@ def test_a_failure_leaves_what_an_earlier_run_found_and_a_success_ends_the_failu
     source.write_bytes(data)
     assert segment(source) == 0
     assert "error" not in reports(tmp_path / "out")["CT"]
-    assert rows(tmp_path / "out")[-1]["note"] == "; ".join(first["warnings"])
+    (note, *others), flags = [row["note"] for row in rows(tmp_path / "out")], first["flags"]
+    expected = ["; ".join(flags.get(key, ())) for key in first["volumes_ml"]]
+    assert note == "; ".join(filter(None, [expected[0], *first["warnings"]])) and others == expected[1:]
 
 
 def test_a_new_result_takes_the_place_of_the_earlier_one_and_says_so(
@@ -367,6 +371,15 @@ def test_label_maps_in_a_folder_are_skipped_and_named(segment: Command, tmp_path
     errors = capsys.readouterr().err
     assert "skipped" not in errors and set(reports(tmp_path / "out")) == {"CT", "CT_label", "atlas"}
     assert all(f"warning: {name}: It seems to be a label map, not" in errors for name in ("CT_label", "atlas"))
+
+
+def test_a_label_map_that_is_named_with_its_image_is_skipped(
+    segment: Command, tmp_path: Path, capsys: Captured
+) -> None:
+    files = [saved(tmp_path / "CT.mha"), a_label_map(tmp_path / "CT_label.nii.gz")]
+    assert segment(*files) == 0
+    assert f"skipped {files[1]}: it is a label map; name it without CT.mha" in capsys.readouterr().err
+    assert set(reports(tmp_path / "out")) == {"CT"}
 
 
 def test_a_folder_of_label_maps_is_nothing_to_segment(segment: Command, tmp_path: Path, capsys: Captured) -> None:
@@ -606,8 +619,8 @@ def test_a_missing_package_is_named(
 # ---- places that cannot be written
 
 
-def test_structures_swallow_no_input(segment: Command, tmp_path: Path) -> None:
-    assert segment("--structures", "liver,spleen", saved(tmp_path / "CT.mha")) == 0
+def test_structures_swallow_no_input_and_a_comma_too_many_is_no_structure(segment: Command, tmp_path: Path) -> None:
+    assert segment("--structures", "liver,,spleen", saved(tmp_path / "CT.mha")) == 0
     assert {row["structure"] for row in rows(tmp_path / "out")} <= {"liver", "spleen"}
 
 
@@ -799,6 +812,13 @@ def test_models_are_listed_and_a_bad_one_does_not_hide_them(
     assert main(["models"]) == 1
     output, errors = capsys.readouterr()
     assert output.count("tiny  version 1, 3 structures, experts ct, mr") == 2 and "a.safetensors" in errors
+
+
+def test_scores_on_phantoms_are_called_so_and_their_cases_counted(model: Path) -> None:
+    facts = {"data": "9 computer-made phantoms", "scored_cases": {"ct": 5}}
+    lines = score_table(replace(read_spec(model), training=facts)).splitlines()
+    assert lines[0].startswith("Scored on computer-made phantoms that training did not see")
+    assert lines[2].split() == ["(cases)", "5", "-"]
 
 
 def test_info_shows_limits_and_scores(model: Path, capsys: Captured) -> None:

@@ -282,9 +282,10 @@ def test_without_proof_the_gate_is_free_but_told_on(with_gate: Callable[..., Pre
     assert any("intensities suggest MR, the gate says ct" in text for text in report.warnings)
 
 
-def test_a_gate_that_wavers_is_told_on(with_gate: Callable[..., Predictor]) -> None:
-    _, report = with_gate(0.0, 0.1, 0.0)(an_mr())
-    assert any("gives mr_t1 only 52%" in text for text in report.warnings)
+@pytest.mark.parametrize(("logit", "share"), [(0.1, "52%"), (1.0, "73%")])
+def test_a_gate_that_wavers_is_told_on(with_gate: Callable[..., Predictor], logit: float, share: str) -> None:
+    _, report = with_gate(0.0, logit, 0.0)(an_mr())
+    assert any(f"gives mr_t1 only {share}" in text for text in report.warnings)
 
 
 def test_a_gate_that_is_sure_raises_no_doubt(with_gate: Callable[..., Predictor]) -> None:

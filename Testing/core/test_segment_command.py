@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -237,6 +238,18 @@ def test_a_fault_of_ours_in_one_case_stops_no_other_and_is_in_the_log(
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S* ", line) for line in lines)
     text = "\n".join(lines)
     assert "Traceback" in text and "1/2 a ..." in text and "1 of 2 segmented" in text
+
+
+def test_a_full_disk_is_not_blamed_on_the_input(
+    segment: Segment, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nrrd.write", refuse)
+    assert segment(saved(tmp_path / "a.nrrd")) == 1
+    target = tmp_path / "out" / "a.seg.nrrd"
+    assert f"m4oe: error: Cannot write {target}: the disk is full; make room" in capsys.readouterr().err
 
 
 def test_the_log_of_a_later_run_comes_after_the_earlier(segment: Segment, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_ends_in_a_model_with_scores_and_a_report(base: Path) -> None:
     spec = read_spec(base / "model.safetensors")
+    assert spec.training["scored_cases"].keys() == spec.scores.keys()
     assert set(spec.scores) == {"ct", "mr_t1"} and set(spec.scores["ct"]) == {"liver", "spleen"}
     page = (base / "report.html").read_text(encoding="utf-8")
     for words in ("Training of m4oe", "Loss of the segmentation", "Loss of the gate", "Best case", "Worst case"):
@@ -100,11 +101,22 @@ def test_a_run_ends_in_a_model_with_scores_and_a_report(base: Path) -> None:
     assert page.count("data:image/png;base64,") == 4 and "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_the_same_command_again_trains_no_more_and_reports_anew(base: Path) -> None:
+def test_label_maps_of_one_modality_train_experts_for_all(tmp_path: Path, capsys: Captured) -> None:
+    data = a_data_set(tmp_path / "set", "ct")
+    assert main(["train", str(data), "--synthesise", "-o", str(tmp_path / "run")]) == 0
+    spec = read_spec(tmp_path / "run" / "model.safetensors")
+    assert spec.expert_names == ("ct", "mr_t1", "mr_t1ce", "mr_t2")
+    assert set(spec.scores) == {"ct"} and "drawn as ct, mr_t1, mr_t1ce, mr_t2" in spec.training["data"]
+    assert (tmp_path / "run" / "synthesis.png").read_bytes().startswith(b"\x89PNG")
+    assert "synthetic images: " in capsys.readouterr().out
+
+
+def test_the_same_command_again_trains_no_more_and_reports_anew(base: Path, capsys: Captured) -> None:
     steps = (base / "events.jsonl").read_text(encoding="utf-8").count('"event": "step"')
     (base / "report.html").unlink()
     assert main(["train", str(base.parent / "set"), "-o", str(base)]) == 0
     assert (base / "report.html").exists()
+    assert "the run is finished; its model is scored again" in capsys.readouterr().out
     assert (base / "events.jsonl").read_text(encoding="utf-8").count('"event": "step"') == steps
 
 
@@ -112,6 +124,8 @@ def test_events_are_lines_of_text_or_of_json(tmp_path: Path, capsys: Captured) -
     data = str(a_data_set(tmp_path / "set", "ct"))
     assert main(["train", data, "-o", str(tmp_path / "text")]) == 0
     text = capsys.readouterr().out
+    assert text.startswith("trains expert ct on ") or "\ntrains expert ct on " in text
+    assert text.index("trains expert") < text.index("preparing 1/") < text.index("dense 4/4")
     assert "dense 4/4: loss segmentation " in text and "dense 4: validation Dice 0." in text
     assert f"report: {tmp_path / 'text' / 'report.html'}" in text
     assert main(["train", data, "--json", "-o", str(tmp_path / "json")]) == 0
@@ -294,6 +308,7 @@ def test_a_model_of_one_expert_gets_a_gate_with_the_second(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--synthesise", "--add-modality", "mr_t2"], "--synthesise draws the label maps of a plan or of folders"),
         (["--model", "m4oe-demo"], "--model is what --add-modality extends; to start from a model give --init"),
         (["--add-modality", "pet", "--init", "timm"], "--add-modality trains on a plan or folders, from --model alone"),
     ],

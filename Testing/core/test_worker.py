@@ -468,6 +468,7 @@ def test_after_an_error_the_worker_goes_on(stand_in: Client, device: str, senten
     ("code", "sentence"),
     [
         ("import sys; sys.exit('no such host')", "ended with exit code 1 before it started.*\nno such host$"),
+        ("import sys; sys.exit(255)", "ended with exit code 255, which ssh says when there is no connection"),
         ('print(\'{"m4oe": "9.9", "protocol": 99}\', flush=True);' + LISTEN, r"speaks protocol 99 \(M4oE 9.9\)"),
         ('print(\'{"m4oe": "9.9"}\', flush=True);' + LISTEN, "cannot be understood.*protocol"),
         ("[print('noise', flush=True) for _ in range(2000)];" + LISTEN, "cannot be understood.*no greeting"),

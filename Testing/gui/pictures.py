@@ -36,7 +36,7 @@ def main(source: str, target: str) -> None:
     photograph(panel, folder / "panel-result.png", ["results"])
     views(panel.parameters.result, node, folder)
     panel.ui.doctorButton.click()
-    settle(lambda: panel._process is None, 300)
+    settle(lambda: panel.setupSection.process is None, 300)
     photograph(panel, folder / "panel-doctor.png", ["setup"])
     panel.ui.batchInputEdit.currentPath = "/data/abdomen"
     panel.ui.batchOutputEdit.currentPath = "/data/results"

@@ -165,3 +165,16 @@ def test_pythonqt_manners_are_kept() -> None:
     with pytest.raises(TypeError, match="no keyword arguments"):
         qt.QPushButton(text="go")
     assert int(qt.Qt.Checked) == 2
+
+
+def test_the_tests_for_slicer_itself_can_be_imported() -> None:
+    import importlib.util
+    import unittest
+
+    path = ROOT / "Testing" / "slicer" / "M4oEExtensionTest.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tests = unittest.defaultTestLoader.loadTestsFromModule(module)
+    assert tests.countTestCases() >= 5

@@ -301,7 +301,7 @@ def test_a_python_that_is_not_there_is_told(open_panel: Callable[[str], Any], di
     panel = open_panel("M4oESegmentation")
     panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("python")
     panel.ui.pythonPathEdit.currentPath = "/nowhere/python"
-    panel.onMachineChanged()
+    panel.worker.save()
     apply(panel, add_volume())
     assert "'/nowhere/python' cannot be started" in dialogs.errors[0]
     assert panel.ui.applyButton.enabled
@@ -414,7 +414,7 @@ def test_dicom_seg_goes_into_the_database(panel: Any, dialogs: Dialogs, monkeypa
 
 def test_devices_are_listed_with_their_free_memory(panel: Any) -> None:
     panel.ui.refreshDevicesButton.click()
-    settle(lambda: panel._infoJob is None)
+    settle(lambda: panel.worker.job is None)
     texts = [panel.ui.deviceSelector.itemText(index) for index in range(panel.ui.deviceSelector.count)]
     assert any(text.startswith("CPU") and text.endswith("GB free") for text in texts)
     panel.ui.deviceSelector.currentIndex = panel.ui.deviceSelector.findData("cpu")
@@ -427,7 +427,7 @@ def test_settings_of_the_machine_are_found_again(open_panel: Callable[[str], Any
     panel = open_panel("M4oESegmentation")
     panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("ssh")
     panel.ui.hostEdit.text = "gpu1"
-    panel.onMachineChanged()
+    panel.worker.save()
     again = open_panel("M4oESegmentation")
     assert (again.ui.workerSelector.currentData, again.ui.hostEdit.text) == ("ssh", "gpu1")
     assert again.ui.hostEdit.enabled
@@ -484,3 +484,150 @@ print(sorted({{"torch", "SimpleITK", "scipy", "nrrd", "m4oe.predictor", "m4oe.cl
     environment = {**os.environ, "M4OE_MODELS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
     assert done.stdout.split(b"\n")[0] == b"[]"
+
+
+# ---- batch, installation
+
+
+def start_batch(panel: Any, source: Path, target: Path) -> None:
+    panel.ui.batchInputEdit.currentPath = str(source)
+    panel.ui.batchOutputEdit.currentPath = str(target)
+    panel.ui.batchPicturesCheckBox.checked = False
+    panel.ui.batchStartButton.click()
+
+
+def batch_table(panel: Any) -> dict[str, str]:
+    table = panel.ui.batchTable
+    return {table.item(row, 0).text(): table.item(row, 1).text() for row in range(table.rowCount)}
+
+
+@pytest.fixture
+def five_cases(tmp_path: Path) -> Path:
+    """Four volumes and a file that is none."""
+    from m4oe.files import write_volume
+    from m4oe.geometry import Grid, Volume
+
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    grid = Grid((8, 30, 30), np.diag([-2.0, -2.0, 3.0, 1.0]))
+    for number in range(4):
+        noise = np.random.default_rng(number).normal(40, 300, grid.shape).astype(np.int16)
+        write_volume(folder / f"case{number}.nii.gz", Volume(noise, grid))
+    (folder / "bad.nii.gz").write_bytes(b"no volume")
+    return folder
+
+
+def test_a_batch_of_five_with_one_bad_case(panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path) -> None:
+    start_batch(panel, five_cases, tmp_path / "results")
+    assert not panel.ui.batchStartButton.enabled
+    settle(lambda: panel.batches.batch is None)
+    found = batch_table(panel)
+    assert sorted(found) == ["bad", "case0", "case1", "case2", "case3"]
+    assert found["bad"].startswith("failed: ")
+    assert found["case0"].startswith("3 structures")
+    assert panel.ui.batchStatusLabel.text == "4 done, 0 skipped, 1 failed"
+    assert dialogs.errors == []
+    assert len(list((tmp_path / "results").glob("*.seg.nrrd"))) == 4
+    assert (tmp_path / "results" / "volumes.csv").is_file()
+    assert "bad.nii.gz" in (tmp_path / "results" / "log.txt").read_text(encoding="utf-8")
+    start_batch(panel, five_cases, tmp_path / "results")
+    settle(lambda: panel.batches.batch is None)
+    assert panel.ui.batchStatusLabel.text == "0 done, 4 skipped, 1 failed"
+    assert batch_table(panel)["case3"] == "done before"
+
+
+def test_a_stopped_batch_goes_on_where_it_was(panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path) -> None:
+    start_batch(panel, five_cases, tmp_path / "results")
+    settle(lambda: "case0" in batch_table(panel) and batch_table(panel)["case0"] != "working")
+    panel.ui.batchStopButton.click()
+    settle(lambda: panel.batches.batch is None)
+    assert dialogs.errors == []
+    start_batch(panel, five_cases, tmp_path / "results")
+    settle(lambda: panel.batches.batch is None)
+    assert batch_table(panel)["case0"] == "done before"
+    assert panel.ui.batchStatusLabel.text.endswith("1 failed")
+    assert len(list((tmp_path / "results").glob("*.seg.nrrd"))) == 4
+
+
+def test_a_batch_says_what_it_lacks(panel: Any, dialogs: Dialogs, five_cases: Path) -> None:
+    panel.ui.batchStartButton.click()
+    assert "Choose a folder of volumes" in dialogs.errors[-1]
+    start_batch(panel, five_cases, Path("/proc/nowhere"))
+    settle(lambda: panel.batches.batch is None)
+    assert "/proc/nowhere" in dialogs.errors[-1]
+
+
+def test_selected_dicom_series_become_a_table(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = SimpleNamespace(currentSeriesSelection=lambda: ("1.2", "1.3"))
+    browser = SimpleNamespace(dicomBrowser=SimpleNamespace(dicomTableManager=lambda: manager))
+    representation = SimpleNamespace(self=lambda: SimpleNamespace(browserWidget=browser))
+    slicer.modules.dicom = SimpleNamespace(widgetRepresentation=lambda: representation)
+    files = {"1.2": ("/d/a.dcm", "/d/b.dcm"), "1.3": ("/d/c.dcm",)}
+    monkeypatch.setattr(slicer, "dicomDatabase", SimpleNamespace(filesForSeries=files.__getitem__))
+    panel.ui.batchDicomButton.click()
+    table = Path(panel.ui.batchInputEdit.currentPath).read_text(encoding="utf-8").splitlines()
+    assert table == ["input,case", "/d/a.dcm,1.2", "/d/c.dcm,1.3"]
+
+
+def test_the_doctor_examines_the_python_of_the_worker(panel: Any) -> None:
+    panel.ui.doctorButton.click()
+    assert not panel.ui.installButton.enabled
+    settle(lambda: panel.setupSection.process is None)
+    assert "torch" in panel.ui.doctorText.plainText
+    panel.ui.copyButton.click()
+    assert slicer.app.clipboard().text() == panel.ui.doctorText.plainText
+
+
+def test_nothing_is_installed_without_consent(panel: Any, dialogs: Dialogs) -> None:
+    dialogs.answer = False
+    panel.ui.installButton.click()
+    assert [kind for kind, _ in dialogs.said] == ["question"]
+    assert slicer.app.extensionsManagerModel().installed == []
+
+
+def test_install_begins_with_the_extension_pytorch(panel: Any) -> None:
+    panel.ui.installButton.click()
+    assert slicer.app.extensionsManagerModel().installed == ["PyTorch"]
+    assert "Restart Slicer" in panel.ui.doctorText.plainText
+
+
+def test_install_lets_pip_replace_nothing(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m4oe import install
+
+    calls: list[Any] = []
+    pytorch, packaging = ModuleType("PyTorchUtils"), ModuleType("slicer.packaging")
+    pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
+    pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: True)
+    packaging.pip_install = lambda packages, constraints, requester: calls.append(
+        (packages, constraints.read_text(encoding="utf-8"))
+    )
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
+    monkeypatch.setitem(sys.modules, "slicer.packaging", packaging)
+    monkeypatch.setattr(slicer, "packaging", packaging, raising=False)
+    wanted = next(entry for entry in install.REQUIREMENTS if entry.name == "tqdm")
+    monkeypatch.setattr(install, "missing", lambda: (wanted,))
+    panel.ui.installButton.click()
+    ((packages, constraints),) = calls
+    assert packages == [str(wanted)]
+    assert f"numpy=={np.__version__}" in constraints
+    assert "Installed" in panel.ui.doctorText.plainText
+
+
+def test_reload_takes_the_package_along(panel: Any) -> None:
+    panel.onReload()
+    assert not any(name.partition(".")[0] in ("m4oe", "M4oESegmentationLib") for name in sys.modules)
+
+
+def test_sample_data_are_offered_once_slicer_has_started(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[dict[str, str]] = []
+    module = ModuleType("SampleData")
+    logic = SimpleNamespace(registerCustomSampleDataSource=lambda **source: offered.append(source))
+    module.SampleDataLogic = logic
+    monkeypatch.setitem(sys.modules, "SampleData", module)
+    slicer.app.startupCompleted.emit()
+    assert offered[0]["category"] == "M4oE"
+    if CT.exists():
+        import hashlib
+
+        data = CT.with_name("ts_ct_3mm.nii.gz").read_bytes()
+        assert offered[0]["checksums"] == f"SHA256:{hashlib.sha256(data).hexdigest()}"

@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ def build_cache(
     folder: Path,
     processes: int | None = None,
     scheduler: str | None = None,
+    emit: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> tuple[list[Case], list[Failure]]:
     """Makes the entries that are missing, damaged or of another spec, and opens them all.
 
@@ -83,6 +84,7 @@ def build_cache(
         folder: Holds the entries.
         processes: How many to make at a time, one per core if None; a single one is made in this process.
         scheduler: Of a Dask cluster that makes them instead, see `run_jobs`; `folder` is the same there.
+        emit: Told after the first, every tenth and the last of them.
 
     Returns:
         The cases, in the order of their sources, and those that failed.
@@ -93,8 +95,13 @@ def build_cache(
     places = _locate_all(sources, spec, folder)
     wanted = {place: source for place, source in zip(places, sources, strict=True) if isinstance(place, Path)}
     missing = {path: source for path, source in wanted.items() if not _is_whole(path)}
+    reasons: dict[Path, str] = {}
     with closing(_make_all(missing, spec, processes or os.cpu_count() or 1, scheduler)) as made:
-        reasons = dict(tqdm(made, "preparing cases", len(missing), unit="case", disable=None))
+        bar = tqdm(made, "preparing cases", len(missing), unit="case", disable=None)
+        for number, (path, reason) in enumerate(bar, start=1):
+            reasons[path] = reason
+            if number % 10 == 0 or number in (1, len(missing)):
+                emit({"event": "prepared", "made": number, "of": len(missing)})
     cases, failures = [], []
     for source, place in zip(sources, places, strict=True):
         if isinstance(place, Failure):

@@ -51,6 +51,7 @@ def export(
 
     Raises:
         ValueError: The layout is unknown, a part's folder exists, or a case cannot be read.
+        OSError: A file cannot be written; the folder of its part is removed.
     """
     if layout not in FORMATS:
         raise ValueError(f"format {layout!r} is unknown; expected one of {', '.join(FORMATS)}")
@@ -60,13 +61,17 @@ def export(
     if there := [target for target in targets if target.exists()]:
         raise ValueError(f"{there[0]} exists already; choose another folder")
     for part, target in zip(parts, targets, strict=True):
-        for case in part.cases:
-            _write_case(part, case, target, "_0000" if layout == "nnunet" else "")
-            yield case.case, target
-        values = _nnunet_values(part) if layout == "nnunet" else _decathlon_values(part)
-        _write_json(target / "dataset.json", values)
-        if layout == "nnunet":
-            _write_extras(part, target)
+        try:
+            for case in part.cases:
+                _write_case(part, case, target, "_0000" if layout == "nnunet" else "")
+                yield case.case, target
+            values = _nnunet_values(part) if layout == "nnunet" else _decathlon_values(part)
+            _write_json(target / "dataset.json", values)
+            if layout == "nnunet":
+                _write_extras(part, target)
+        except BaseException:  # half a data set would be in the way of the next try
+            shutil.rmtree(target, ignore_errors=True)
+            raise
 
 
 def _parts(dataset: DataSet, splits: Mapping[str, str]) -> list[_Part]:

@@ -31,6 +31,7 @@ from ..package import digest, save_model
 from ..predictor import Predictor, bfloat16_is_faster, find_device
 from ..spec import ModelSpec
 from ..training_run import PAUSE
+from .atlas import Atlas
 from .augment import AUGMENT, AUGMENT_GATE, Augmenter
 from .cache import CaseSource, Failure, load_or_fail
 from .checkpoint import (
@@ -45,6 +46,7 @@ from .config import Stage, TrainConfig
 from .data import Batch, Case, Sampler, prefetched
 from .ranks import Ranks
 from .stages import Objective, learning_rate, trained_groups
+from .synthesis import Synthesiser
 
 Event = dict[str, Any]
 _Seen = tuple[str, Volume, Volume, Volume]  # name, volume, truth, prediction of a case
@@ -64,11 +66,13 @@ class TrainingData:
         spec: Of the model, before it has scores.
         cases: Training cases; those without labels serve pretraining alone.
         validation: Whole volumes that choose the best weights and the end of a stage.
+        atlases: Label maps that are drawn in the contrast of every expert, in all stages but pretraining.
     """
 
     spec: ModelSpec
     cases: Sequence[Case]
     validation: Sequence[CaseSource] = ()
+    atlases: Sequence[Atlas] = ()
 
     @property
     def labelled(self) -> list[Case]:
@@ -77,8 +81,8 @@ class TrainingData:
 
     @property
     def experts(self) -> int:
-        """Number of experts that have labelled training cases."""
-        return len({case.expert for case in self.labelled})
+        """Number of experts that have labelled training cases, real or synthetic."""
+        return len(self.spec.experts) if self.atlases else len({case.expert for case in self.labelled})
 
 
 @dataclass
@@ -179,6 +183,7 @@ def _fingerprint(data: TrainingData, start: MoESwinUNet | None) -> str:
     """A hash of the spec, of which case teaches what, and of the weights to start from; the day makes no difference."""
     spec = replace(data.spec, training={}, scores={})
     cases = [[case.name, case.expert, case.annotated_K.tolist()] for case in data.cases]
+    cases += [[atlas.name, "atlas", atlas.annotated_K.tolist()] for atlas in data.atlases]
     weights = {key: value.cpu() for key, value in start.state_dict().items()} if start else {}
     return digest(spec.to_json() + json.dumps(cases), weights)
 
@@ -206,7 +211,8 @@ def _opened(
             run.network = MoESwinUNet(config.network, classes).to(device)
         if run.progress.step == 0:
             run.network.load_state_dict(part_of(run.loaded, "learner."))
-        emit({"event": "resumed", "stage": run.progress.stage, "step": run.progress.step})
+        stages = len(config.stages)
+        emit({"event": "resumed", "stage": run.progress.stage, "stages": stages, "step": run.progress.step})
     return run
 
 
@@ -373,20 +379,18 @@ class _Recent:
         }
 
 
-def _sampler(run: _Run, stage: Stage) -> Sampler:
-    config = run.config
-    cases = run.data.cases if stage.name in ("pretrain", "gate") else run.data.labelled
-    return Sampler(
-        cases,
-        config.images,
-        config.crop,
-        config.network.channels,
-        config.seed,
-        max(chances.margin(config.crop) for chances in AUGMENT.values()),
-        run.ranks.rank,
-        run.ranks.world,
-        pinned=run.device.type == "cuda",
-    )
+def _sampler(run: _Run, stage: Stage) -> Sampler | Synthesiser:
+    config, data, ranks = run.config, run.data, run.ranks
+    drawn = data.atlases if stage.name != "pretrain" else ()
+    cases = data.cases if stage.name in ("pretrain", "gate") and not drawn else data.labelled
+    margin = max(chances.margin(config.crop) for chances in AUGMENT.values())
+    given = (config.images, config.crop, config.network.channels, config.seed, margin, ranks.rank, ranks.world)
+    real = Sampler(cases, *given, pinned=run.device.type == "cuda") if cases or not drawn else None
+    if real and not drawn:
+        return real
+    sizes = (config.images, config.crop, config.seed)
+    place = (ranks.rank, ranks.world, run.device)
+    return Synthesiser(data.spec, drawn, *sizes, real, *place, gate=stage.name == "gate")
 
 
 def _augmenter(run: _Run, stage: Stage) -> Augmenter:

@@ -86,6 +86,16 @@ def _ct(body: Body, rng: Generator) -> Array:
     tissue = body.tissue
     if rng.random() < 0.7:
         _table(body, rng)
+    drawn = tissue_hu(rng)
+    image = _textured(body, rng, drawn, _column("texture").astype(np.float32))
+    width = (rng.uniform(0.15, 0.5), *[rng.uniform(0.45, 0.8)] * 2)
+    gain = np.prod([np.sqrt(1 / max(2 * np.sqrt(np.pi) * w, 1)) for w in width])
+    image += np.float32(np.clip(rng.lognormal(2.4, 0.5), 4, 32) / gain) * rng.standard_normal(tissue.shape, np.float32)
+    return np.clip(np.rint(_blurred(image, width)), -1024, 3071).astype(np.int16)
+
+
+def tissue_hu(rng: Generator) -> Array:
+    """HU of each tissue in the order of their codes, float32, as one scan may show them in one of its phases."""
     early, late = _phase(rng, native=0.3)
     drawn = _column("hu") + early * _column("arterial") + late * _column("portal")
     drawn += rng.normal(0, np.where(drawn < -400, 12, 4 + 0.05 * abs(drawn)))
@@ -93,11 +103,7 @@ def _ct(body: Body, rng: Generator) -> Array:
         for name in ("bowel_fluid", "stomach_fluid", "duodenum_fluid"):
             drawn[CODES[name]] += rng.uniform(60, 300)
     drawn[CODES["liver"]] -= max(rng.normal(-8, 15), 0)  # fat in the liver
-    image = _textured(body, rng, drawn.astype(np.float32), _column("texture").astype(np.float32))
-    width = (rng.uniform(0.15, 0.5), *[rng.uniform(0.45, 0.8)] * 2)
-    gain = np.prod([np.sqrt(1 / max(2 * np.sqrt(np.pi) * w, 1)) for w in width])
-    image += np.float32(np.clip(rng.lognormal(2.4, 0.5), 4, 32) / gain) * rng.standard_normal(tissue.shape, np.float32)
-    return np.clip(np.rint(_blurred(image, width)), -1024, 3071).astype(np.int16)
+    return drawn.astype(np.float32)
 
 
 def _column(name: str) -> Array:
@@ -136,7 +142,7 @@ def _blurred(image: Array, width: Sequence[float]) -> Array:
 
 def _mr(body: Body, rng: Generator, modality: str) -> Array:
     """Signal, int16 [k, j, i], from zero to an arbitrary maximum."""
-    signal = _signal(rng, modality)
+    signal = tissue_signal(rng, modality)
     image = _textured(body, rng, signal, signal * _column("texture").astype(np.float32) / 100)
     image = _blurred(image, (rng.uniform(0.15, 0.5), *[rng.uniform(0.4, 0.8)] * 2))
     image *= np.exp(np.float32(rng.uniform(0.05, 0.3)) * smooth_field(rng, body.axes, 180))
@@ -147,7 +153,7 @@ def _mr(body: Body, rng: Generator, modality: str) -> Array:
     return np.clip(np.rint(image * top), 0, 32767).astype(np.int16)
 
 
-def _signal(rng: Generator, modality: str) -> Array:
+def tissue_signal(rng: Generator, modality: str) -> Array:
     """Signal per tissue, float32 from 0 to 1; T1 is that of a field of about 1.5 to 3 T."""
     count, density = len(TISSUES), _column("density")
     t1 = _column("t1") * rng.uniform(0.95, 1.3) * np.exp(rng.normal(0, 0.1, count))

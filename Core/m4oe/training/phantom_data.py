@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from ..geometry import Volume
@@ -74,10 +74,15 @@ def _cases(count: int, spec: ModelSpec, emit: Callable[[dict[str, Any]], None]) 
     """Training phantoms of every modality, made on all cores."""
     jobs = [(seed, expert, spec) for seed in range(count) for expert in range(len(MODALITIES))]
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=start_worker) as pool:
-        for number, case in enumerate(pool.map(_phantom_case, jobs, chunksize=4), start=1):
-            if number % 20 == 0 or number == len(jobs):
-                emit({"event": "phantoms", "made": number, "of": len(jobs)})
-            yield case
+        try:
+            for number, case in enumerate(pool.map(_phantom_case, jobs), start=1):
+                if number % 20 == 0 or number == len(jobs):
+                    emit({"event": "phantoms", "made": number, "of": len(jobs)})
+                yield case
+        except KeyboardInterrupt:  # a phantom takes seconds, and all that were begun would be waited for
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def _phantom_case(job: tuple[int, int, ModelSpec]) -> Case:

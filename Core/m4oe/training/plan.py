@@ -22,6 +22,7 @@ from .datasets import overlaps
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
+_NAMED = 3  # cases with errors that a refusal names
 _SAMPLE = 1 << 18  # bytes compared at the beginning, middle and end of files of one size
 
 
@@ -121,7 +122,10 @@ def make_plan(
     structures = _union(usable, old.structures if old else ())
     plan = Plan(structures, usable, dict(sorted(splits.items())), left_out, seed, val, test)
     if not plan.cases("train"):
-        raise ValueError(f"no labelled case is left for training; {len(left_out)} have errors, see m4oe data scan")
+        errors = "".join(f"; {case}: {reason}" for case, reason in list(left_out.items())[:_NAMED])
+        raise ValueError(
+            f"no labelled case is left for training; {len(left_out)} have errors, see m4oe data scan{errors}"
+        )
     return plan, [*findings, *_remarks(plan)]
 
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ..spec import ExpertSpec, IntensityRule, ModelSpec
+from .atlas import Atlas, load_atlas, negative_atlas
 from .cache import CaseSource, build_cache
 from .cases import CaseFiles, load_case
 from .config import TrainConfig
 from .loop import TrainingData
+from .phantom import MODALITIES
 from .plan import Plan
 
 _INTENSITY = {"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 0.5, 99.5)}
+_NEGATIVES, _NEGATIVE_SHARE = 6, 0.06  # bodies without structures, and how often they are drawn
 _LIMITS = "Research use, not a medical device. It was scored on few cases of the same data sets: check its results."
 
 
-def plan_config(config: TrainConfig, plan: Plan) -> TrainConfig:
-    """The configuration with one expert for each that the plan's training cases name; a single one needs no gate."""
-    experts = len(_experts(plan))
+def plan_config(config: TrainConfig, plan: Plan, synthesise: bool = False) -> TrainConfig:
+    """The configuration with one expert for each that the plan's training cases name; a single one needs no gate.
+
+    With `synthesise` there is one for each contrast that can be drawn as well.
+    """
+    experts = len(planned_experts(plan, synthesise))
     stages = tuple(stage for stage in config.stages if experts > 1 or stage.name != "gate")
     return replace(config, network=replace(config.network, experts=experts, top_k=1), stages=stages)
 
@@ -42,7 +50,7 @@ def addition_spec(config: TrainConfig, plan: Plan, model: ModelSpec, name: str) 
     Raises:
         ValueError: The model has the expert, its gate takes none, or the plan has no case of it or some of others.
     """
-    planned = _experts(plan)
+    planned = planned_experts(plan)
     if name in model.expert_names:
         raise ValueError(f"{model.name} has an expert {name}; give the new one another name in the plan and here")
     if model.network.gate != "image" or (model.network.experts > 1 and model.network.top_k != 1):
@@ -76,23 +84,26 @@ def plan_data(
     emit: Callable[[dict[str, Any]], None],
     spec: ModelSpec | None = None,
     scheduler: str | None = None,
+    synthesise: bool = False,
 ) -> TrainingData:
     """Training data of a plan, brought to the canonical grid once and mapped from `cache` ever after.
 
     A case that cannot be read is told as an event and left out. The spec is that of a new model, if none is given.
-    With `scheduler` the workers of a Dask cluster prepare the cases.
+    With `scheduler` the workers of a Dask cluster prepare the cases. With `synthesise` the label maps are drawn in the
+    contrast of every expert as well.
 
     Raises:
         ValueError: No case is left, or a case has no modality.
     """
-    spec = spec or _spec(config, plan)
+    spec = spec or _spec(config, plan, synthesise)
     sources = [*_sources(plan, "train", spec), *_sources(plan, "unlabelled", spec)]
-    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler)
+    cases, failures = build_cache(sources, spec, cache, scheduler=scheduler, emit=emit)
     for failure in failures:
         emit({"event": "left out", "case": failure.name, "reason": failure.reason})
     if not cases:
         raise ValueError(f"none of the {len(sources)} training cases can be used: {failures[0].reason}")
-    return TrainingData(spec, cases, _sources(plan, "val", spec))
+    drawn = _atlases(plan, spec, {failure.name for failure in failures}) if synthesise else ()
+    return TrainingData(spec, cases, _sources(plan, "val", spec), drawn)
 
 
 def held_back(plan: Plan, spec: ModelSpec) -> Sequence[CaseSource]:
@@ -100,9 +111,11 @@ def held_back(plan: Plan, spec: ModelSpec) -> Sequence[CaseSource]:
     return _sources(plan, "test", spec) or _sources(plan, "val", spec)
 
 
-def _experts(plan: Plan) -> dict[str, str]:
+def planned_experts(plan: Plan, synthesise: bool = False) -> dict[str, str]:
     """Modality by expert, CT first; a case that names no expert trains its modality's."""
     named = {_expert(case): case.modality or "" for case in [*plan.cases("train"), *plan.unlabelled()]}
+    if synthesise:
+        named |= {contrast: "CT" if contrast == "ct" else "MR" for contrast in MODALITIES}
     return dict(sorted(named.items(), key=lambda item: (item[1], item[0])))
 
 
@@ -112,8 +125,8 @@ def _expert(case: CaseFiles) -> str:
     return case.expert or case.modality.lower()
 
 
-def _spec(config: TrainConfig, plan: Plan) -> ModelSpec:
-    experts = tuple(ExpertSpec(name, modality) for name, modality in _experts(plan).items())
+def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:
+    experts = tuple(ExpertSpec(name, modality) for name, modality in planned_experts(plan, synthesise).items())
     return ModelSpec(
         name=config.name,
         version="1",
@@ -127,12 +140,23 @@ def _spec(config: TrainConfig, plan: Plan) -> ModelSpec:
         limits=_LIMITS,
         licence="; ".join(dict.fromkeys(d.licence for d in plan.datasets if d.licence)) or "that of its training data",
         training={
-            "data": f"{len(plan.cases('train'))} cases of {', '.join(d.name for d in plan.datasets)}",
+            "data": f"{len(plan.cases('train'))} cases of {', '.join(d.name for d in plan.datasets)}"
+            + synthesise * f", their label maps drawn as {', '.join(expert.name for expert in experts)}",
             "date": date.today().isoformat(),
             "stages": [[stage.name, stage.steps, stage.learning_rate] for stage in config.stages],
             "seed": config.seed,
         },
     )
+
+
+def _atlases(plan: Plan, spec: ModelSpec, failed: Set[str]) -> list[Atlas]:
+    """The label maps of the training cases that can be read, and a few bodies without any structure."""
+    named = [(f"{d.name}/{case.case}", case) for d in plan.datasets for case in d.cases]
+    training = {id(case) for case in plan.cases("train")}
+    cases = [case for name, case in named if id(case) in training and name not in failed]
+    atlases = [load_atlas(case, spec) for case in tqdm(cases, "splitting tissues", unit="case", disable=None)]
+    share = _NEGATIVE_SHARE * len(atlases) / _NEGATIVES
+    return [*atlases, *(replace(negative_atlas(seed, spec), weight=share) for seed in range(_NEGATIVES))]
 
 
 def _sources(plan: Plan, split: str, spec: ModelSpec) -> Sequence[CaseSource]:

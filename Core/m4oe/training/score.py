@@ -5,6 +5,7 @@ Images come with the modality of their plan; volumes of other formats than DICOM
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class CaseResult:
 def score_model(
     model: Path, sources: Sequence[CaseSource], emit: Callable[[dict[str, Any]], None], device: str = "auto"
 ) -> list[CaseResult]:
-    """Scores a model on cases and writes its mean Dice per expert and structure into its file.
+    """Scores a model on cases and writes its mean Dice per expert and structure, and their number, into its file.
 
     Scores of experts that have no case here stay. A case that cannot be read is told as an event and left out.
     """
@@ -54,7 +55,9 @@ def score_model(
     means = mean_dice(results)
     emit({"event": "scores", "dice": means})
     network, spec = load_model(model)
-    save_model(model, network, replace(spec, scores={**spec.scores, **means}))
+    counts = {**spec.training.get("scored_cases", {}), **Counter(result.expert for result in results)}
+    training = {**spec.training, "scored_cases": counts}
+    save_model(model, network, replace(spec, scores={**spec.scores, **means}, training=training))
     return results
 
 

@@ -316,7 +316,7 @@ def open_module(path: Path) -> Any:
     return widget
 
 
-def settle(until: Callable[[], bool], seconds: float = 60.0) -> None:
+def settle(until: Callable[[], bool], seconds: float = 300.0) -> None:
     """Lets Qt work until something is so; fails with the stack of the waiting test where it never is."""
     import time
 

@@ -1,0 +1,208 @@
+"""Trains the model that ships, from data that may be shipped; the same command goes on where it was stopped.
+
+    m4oe train --phantoms -o PHANTOMS
+    python Testing/benchmarks/demo_model.py DATA -o OUT --init PHANTOMS/model.safetensors:mr_t1ce
+    python Testing/benchmarks/demo_model.py DATA --score MODEL...
+
+DATA is a folder with the volumes and label maps named below; their licences are in the model's description. What came
+of it, and how it got there, is told in Docs/demo-model.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from evidence import dice_by_key, real_volumes
+from m4oe.files import read_volume
+from m4oe.names import keys_of
+from m4oe.predictor import Predictor
+from m4oe.raster import write_png
+from m4oe.spec import ModelSpec
+from m4oe.training.atlas import Atlas, load_atlas, negative_atlas
+from m4oe.training.cases import CaseFiles, load_case
+from m4oe.training.config import DEMO, Stage, TrainConfig
+from m4oe.training.data import Case, make_case
+from m4oe.training.loop import TrainingData, train
+from m4oe.training.phantom import STRUCTURES
+from m4oe.training.phantom_data import phantom_data
+from m4oe.training.start import start_network
+from m4oe.training.synthesis import Synthesiser, preview
+
+LIMITS = (
+    "A demonstration, trained on two patients, three label maps of other bodies, and computer-made phantoms. It finds "
+    "large organs in most volumes of the abdomen, with errors that are to be looked for in every case, and small ones "
+    "often not at all. Not for research results, not a medical device."
+)
+DATA = (
+    "1 CT and 1 T1 MR of TotalSegmentator's tests with their labels, 3 label maps without images (SPL abdominal atlas, "
+    "HuBMAP Visible Human male and female), all of them drawn in every contrast, and computer-made phantoms"
+)
+LICENCES = (
+    "TotalSegmentator: Apache-2.0; HuBMAP CCF 3D reference object library: CC BY 4.0, modified; "
+    "SPL abdominal atlas: 3D Slicer licence part B, modified"
+)
+PHANTOMS, NEGATIVES = 40, 6
+ABDOMEN = tuple(key for key in STRUCTURES if key not in ("esophagus", "urinary_bladder", "prostate_or_uterus"))
+PELVIS = ("urinary_bladder", "prostate_or_uterus")
+BODY = {
+    **dict(enumerate(("liver", "kidney_right", "spleen", "pancreas", "aorta", "inferior_vena_cava"), start=1)),
+    **{7: "adrenal_gland_right", 8: "adrenal_gland_left", 9: "gallbladder", 12: "duodenum", 13: "kidney_left"},
+    **{14: "urinary_bladder", 15: "prostate_or_uterus", 16: "colon", 17: "small_bowel", 18: "vein", 19: "blood"},
+    **{20: "vein", 22: "heart", 23: "vertebrae", 24: "intervertebral_discs", 25: "bone", 26: "hip_left", 27: "muscle"},
+    **{28: "body", 29: "spinal_cord", 30: "urine", 31: "stomach", 33: "colon"},
+}
+DRAWN = (
+    "liver",
+    "kidney_right",
+    "kidney_left",
+    "spleen",
+    "pancreas",
+    "inferior_vena_cava",
+    "gallbladder",
+    "liver_tumor",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A person: label map, image if there is one and it may be trained on, and what is annotated."""
+
+    label: str
+    annotated: tuple[str, ...]
+    weight: float
+    image: str = ""
+    expert: str = ""
+
+
+SOURCES = (
+    Source("ct/ts_ct_3mm_label_totalseg.nii.gz", ABDOMEN + PELVIS, 6, "ct/ts_ct_3mm.nii.gz", "ct"),
+    Source("mr/ts_mr_t1_3mm_label_totalseg.nii.gz", ABDOMEN, 3, "mr/ts_mr_t1_3mm.nii.gz", "mr_t1"),
+    Source("anatomy/spl_abdominal_atlas.nii.gz", (*DRAWN, "aorta", "adrenal_gland_right", "adrenal_gland_left"), 1.5),
+    Source("anatomy/hra_visible_human_male.nii.gz", (*DRAWN, "duodenum", *PELVIS), 1),
+    Source("anatomy/hra_visible_human_female.nii.gz", (*DRAWN, "aorta", "duodenum", *PELVIS), 1),
+)
+
+
+def demo_case(data: Path, source: Source) -> CaseFiles:
+    """The files of a source and what its label values mean."""
+    label = data / source.label
+    image = data / source.image if source.image else label
+    meanings = BODY if not source.image else label_meanings(data, source.label)
+    modality = ("CT" if source.expert == "ct" else "MR") if source.image else None
+    name = label.name.removesuffix(".nii.gz")
+    return CaseFiles(name, name, image, label, modality, source.expert or None, meanings, source.annotated)
+
+
+def label_meanings(data: Path, path: str) -> dict[int, str]:
+    """Structures by label value, from the index of the data; the prostate is named as AMOS names it."""
+    entries = json.loads((data / "index.json").read_text(encoding="utf-8"))["entries"]
+    [labels] = [entry["labels"] for entry in entries if entry["path"] == path]
+    keys, _ = keys_of({int(value): entry["name"] for value, entry in labels.items()})
+    return {value: "prostate_or_uterus" if key == "prostate" else key for value, key in keys.items()}
+
+
+def demo_atlases(data: Path, spec: ModelSpec) -> list[Atlas]:
+    """All label maps, and bodies without any of the structures."""
+    found = [load_atlas(demo_case(data, source), spec, source.weight) for source in SOURCES]
+    return [*found, *(replace(negative_atlas(seed, spec), weight=0.15) for seed in range(NEGATIVES))]
+
+
+def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
+    """The real images with their labels; each comes up three times as often as all phantoms of its expert."""
+    found = []
+    for source in SOURCES:
+        if source.image:
+            case = demo_case(data, source)
+            image, labels = load_case(case, STRUCTURES)
+            expert = spec.expert_index(source.expert)
+            found.append(make_case(image, labels, source.annotated, spec, expert, weight=3.0 * PHANTOMS))
+    return found
+
+
+def demo_config(length: float) -> TrainConfig:
+    """The stages, `length` times as long."""
+    stages = (
+        Stage("dense", 2400, 1e-3),
+        Stage("experts", 1500, 7e-4, balance=0.2),
+        Stage("gate", 80, 2e-2),
+        Stage("joint", 650, 4e-4, balance=0.0),
+        Stage("gate", 200, 2e-2),
+    )
+    stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages)
+    return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)
+
+
+def demo_data(data: Path, config: TrainConfig) -> TrainingData:
+    """Atlases, real images and phantoms, and the model's description."""
+    phantoms = phantom_data(config, PHANTOMS, say)
+    spec = replace(
+        phantoms.spec,
+        version="0.2.0",
+        description="Demonstration model: 15 abdominal organs and liver tumours on CT and MR.",
+        licence="Apache-2.0",
+        limits=LIMITS,
+        training={**phantoms.spec.training, "data": DATA, "licences": LICENCES},
+    )
+    return TrainingData(spec, [*demo_cases(data, spec), *phantoms.cases], atlases=demo_atlases(data, spec))
+
+
+def score_table(data: Path, models: Sequence[str]) -> str:
+    """Dice of the models on labelled real volumes, and mL that they find where there is no abdomen, as Markdown."""
+    predictors = [Predictor(model, "cpu", "float32") for model in models]
+    rows: dict[str, list[list[float]]] = {}
+    for held in real_volumes(data):
+        for number, predictor in enumerate(predictors):
+            labels, report = predictor(held.image)
+            forced, _ = predictor(held.image, held.expert)
+            right = max(report.gate, key=lambda name: report.gate[name]) == held.expert
+            told = {f"{held.group}, {key}": value for key, value in dice_by_key(labels, held.truth).items()}
+            named = {
+                f"{held.group}, {key}, expert named": value for key, value in dice_by_key(forced, held.truth).items()
+            }
+            for key, value in {**told, **named, f"{held.group}, gate right": float(right)}.items():
+                rows.setdefault(key, [[] for _ in models])[number].append(value)
+    for path in sorted([*data.glob("negative/*.nii.gz"), *data.glob("negative_nc/*.nii.gz")]):
+        volumes = [predictor(read_volume(path, 0))[1].volumes_ml for predictor in predictors]
+        rows[f"{path.name}, mL found"] = [[sum(found.values())] for found in volumes]
+    lines = [f"| | {' | '.join(Path(model).stem for model in models)} |", "|---" * (len(models) + 1) + "|"]
+    lines += [f"| {key} | {' | '.join(f'{fmean(values):.3f}' for values in cells)} |" for key, cells in rows.items()]
+    return "\n".join(lines)
+
+
+def say(event: dict[str, Any]) -> None:
+    """Prints an event."""
+    print(json.dumps(event), flush=True)
+
+
+def main() -> None:
+    """Trains the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("-o", "--output", type=Path, default=Path("run"), metavar="OUT", help="folder of the run")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--length", type=float, default=1.0, metavar="F", help="times the steps")
+    parser.add_argument("--init", metavar="MODEL:EXPERT", help="of m4oe train --phantoms, to start from")
+    parser.add_argument("--score", nargs="+", metavar="MODEL", help="score these models instead")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.score:
+        print(score_table(options.data, options.score))
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    config = demo_config(options.length)
+    data = demo_data(options.data, config)
+    synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
+    write_png(options.output / "synthesis.png", preview(synthesiser))
+    start = start_network(options.init, config, STRUCTURES) if options.init else None
+    print(train(config, data, options.output, say, device="cpu", start=start))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from m4oe.geometry import Grid, Volume
+from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.training.atlas import Atlas, load_atlas, make_atlas, negative_atlas, tissues_of
+from m4oe.training.body import TISSUES
+from m4oe.training.cases import CaseFiles
+from m4oe.training.data import Case, Sampler
+from m4oe.training.phantom import MODALITIES
+from m4oe.training.synthesis import Synthesiser, preview
+
+STRUCTURES = ("liver", "urinary_bladder", "spleen", "liver_tumor")
+SPEC = ModelSpec(
+    name="tiny",
+    version="1",
+    network=NetworkSpec(experts=4),
+    structures=STRUCTURES,
+    experts=tuple(ExpertSpec(name, "CT" if name == "ct" else "MR") for name in MODALITIES),
+    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 0.5, 99.5)},
+    pixel_mm=5.0,
+    slice_mm=5.0,
+)
+SHAPE = (12, 44, 44)
+GRID = Grid(SHAPE, np.diag([-5.0, -5.0, 5.0, 1.0]))
+MEANINGS = {1: "liver", 2: "urinary_bladder", 3: "vertebrae_l3", 4: "colon"}
+ANNOTATED = ("liver", "urinary_bladder", "liver_tumor")
+CT, T1, T2, T1CE = range(4)
+
+
+def a_person() -> tuple[Volume, Volume]:
+    """A CT of a body of fat around muscle, with a liver, a bladder, a bone, and a colon that holds gas and faeces."""
+    radius = from_the_middle()
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[:, 12:24, 10:20], labels[:, 12:20, 24:32] = 1, 2
+    labels[:, 28:34, 19:25], labels[:, 22:27, 24:32] = 3, 4
+    hu = np.where(radius > 20, -1000.0, np.where(radius > 15, -100, 55))
+    for label, value in ((1, 60), (2, 5), (3, 500), (4, -900)):
+        hu[labels == label] = value
+    hu[:, 25:27, 24:32] = 0
+    return Volume(hu.astype(np.int16), GRID, "person", "CT"), Volume(labels, GRID)
+
+
+def from_the_middle() -> np.ndarray:
+    """Voxels from the axis of the body."""
+    return np.hypot(*(np.indices(SHAPE)[1:] - SHAPE[1] // 2))
+
+
+@cache
+def an_atlas() -> Atlas:
+    image, labels = a_person()
+    return make_atlas(labels, MEANINGS, ANNOTATED, SPEC, image, "person")
+
+
+def a_synthesiser(*atlases: Atlas, seed: int = 0, images: int = 2, **options: object) -> Synthesiser:
+    return Synthesiser(SPEC, atlases or (an_atlas(),), images, 40, seed, **options)  # type: ignore[arg-type]
+
+
+def tissues_at(atlas: Atlas, mask: np.ndarray) -> set[str]:
+    """The tissues of more than a tenth of these voxels."""
+    counts = np.bincount(atlas.classes_ZHW[mask], minlength=len(atlas.tissues))
+    return {name for name, count in zip(atlas.tissues, counts, strict=True) if count > 0.1 * mask.sum()}
+
+
+# ---- atlases
+
+
+def test_unlabelled_tissue_of_a_ct_is_split_by_its_hu() -> None:
+    image, labels = a_person()
+    atlas = an_atlas()
+    fat = (image.array == -100) & (labels.array == 0) & (from_the_middle() < 19)
+    assert tissues_at(atlas, fat) == {"visceral_fat"}
+    assert tissues_at(atlas, (image.array == 55) & (labels.array == 0)) <= {"muscle", "bowel_wall"}
+    assert tissues_at(atlas, image.array == -1000) == {"air"}
+
+
+def test_a_structure_with_contents_is_split_and_a_bone_has_marrow() -> None:
+    _, labels = a_person()
+    atlas = an_atlas()
+    assert {"gas", "faeces"} <= tissues_at(atlas, labels.array == 4)
+    assert tissues_at(atlas, labels.array == 3) == {"bone", "marrow"}
+
+
+def test_only_annotated_structures_keep_their_labels() -> None:
+    atlas = an_atlas()
+    _, labels = a_person()
+    shown = atlas.labels_C[atlas.classes_ZHW]
+    assert np.array_equal(shown, np.where(labels.array <= 2, labels.array, 0))
+    assert atlas.annotated_K.tolist() == [True, True, True, False, True]
+    assert list(atlas.slices_of) == [1, 2]
+
+
+def test_a_label_map_without_an_image_gets_fat_below_the_skin_and_a_mixture_within() -> None:
+    image, labels = a_person()
+    labels.array[(labels.array == 0) & (image.array > -1000)] = 5
+    atlas = make_atlas(labels, {**MEANINGS, 5: "body"}, ANNOTATED, SPEC)
+    assert atlas.texture_ZHW is None
+    assert len(tissues_at(atlas, labels.array == 5)) >= 2
+    edge = (from_the_middle() > 19) & (labels.array == 5)
+    assert tissues_at(atlas, edge) == {"visceral_fat"}
+
+
+def test_a_case_whose_image_is_its_label_map_is_drawn_from_that_alone(
+    tmp_path: Path, saved: Callable[..., Path]
+) -> None:
+    path = saved(tmp_path / "a.nii.gz", np.tile(np.arange(4).reshape(1, 4, 1), (4, 1, 4)), spacing=(5.0, 5.0, 5.0))
+    atlas = load_atlas(CaseFiles("a", "a", path, path, labels={1: "liver", 2: "spleen", 3: "fat"}), SPEC)
+    assert atlas.texture_ZHW is None and {"liver", "spleen", "fat"} <= set(atlas.tissues)
+
+
+def test_an_atlas_of_nothing_is_refused() -> None:
+    _, labels = a_person()
+    with pytest.raises(ValueError, match="person: the label map shows none of spleen"):
+        make_atlas(labels, {9: "spleen"}, ("spleen",), SPEC, name="person")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_body_without_structures_has_tissues_and_no_labels(seed: int) -> None:
+    atlas = negative_atlas(seed, SPEC)
+    assert atlas.annotated_K.all() and not atlas.labels_C.any()
+    assert 0.02 < (atlas.classes_ZHW > 0).mean() < 0.9 and len(np.unique(atlas.classes_ZHW)) >= 5
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("liver", "liver"), ("rib_left_7", "bone"), ("iliac_vena_left", "vein"), ("autochthon_left", "muscle")],
+)
+def test_every_structure_has_tissues(key: str, expected: str) -> None:
+    assert tissues_of(key)[0] == expected and set(tissues_of(key)) <= set(TISSUES)
+
+
+# ---- images
+
+
+def test_a_step_gives_the_same_images_whenever_it_is_asked_for() -> None:
+    first, second = a_synthesiser(), a_synthesiser()
+    second.crops_at(1)
+    one, other = first.crops_at(5), second.crops_at(5)
+    assert torch.equal(one.images_BSHW, other.images_BSHW) and torch.equal(one.labels_BHW, other.labels_BHW)
+    assert one.seeds == other.seeds
+    assert not torch.equal(one.images_BSHW, a_synthesiser(seed=1).crops_at(5).images_BSHW)
+
+
+def test_a_batch_has_as_many_images_of_each_expert_in_order() -> None:
+    crops = a_synthesiser().crops_at(0)
+    assert crops.experts_B.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert crops.images_BSHW.dtype == torch.float16 and crops.labels_BHW.dtype == torch.uint8
+    assert float(crops.images_BSHW.min()) >= 0 and float(crops.images_BSHW.max()) <= 1
+    assert crops.annotated_BK.tolist() == [[True, True, True, False, True]] * 8
+
+
+def test_ranks_share_the_images_of_a_step() -> None:
+    whole = a_synthesiser().crops_at(3)
+    parts = [a_synthesiser(rank=rank, world=2).crops_at(3) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.images_BSHW, whole.images_BSHW[rank::2])
+
+
+def drawn(synthesiser: Synthesiser, expert: int, label: int, count: int = 16) -> tuple[list[float], list[float]]:
+    """Median intensity of a label and of all else in the body, in each image that shows enough of it."""
+    inside, outside = [], []
+    for seed in range(count):
+        crops = synthesiser.draw(expert, np.random.default_rng(seed))
+        image, labels = crops.images_BSHW[0, 1].float(), crops.labels_BHW[0]
+        if (labels == label).sum() > 20:
+            inside.append(float(image[labels == label].median()))
+            outside.append(float(image[(labels == 0) & (image > 0.05)].median()))
+    return inside, outside
+
+
+def test_labels_lie_where_their_structures_are_drawn() -> None:
+    """The bladder is what is bright in T2, and so are the pixels with its label."""
+    inside, outside = drawn(a_synthesiser(), T2, 2)
+    assert len(inside) > 5
+    assert np.mean(np.array(inside) > np.array(outside)) > 0.7
+
+
+def test_urine_is_bright_in_t2_and_dark_in_t1() -> None:
+    synthesiser = a_synthesiser()
+    bright, dark = (np.median(drawn(synthesiser, expert, 2)[0]) for expert in (T2, T1))
+    assert bright > dark + 0.2
+
+
+def test_contrast_medium_brightens_the_liver_in_some_cts() -> None:
+    inside, _ = drawn(a_synthesiser(), CT, 1)
+    native = (60 + 160) / 400
+    assert min(inside) < native + 0.05 < max(inside)
+
+
+def test_shape_size_and_place_change_from_image_to_image() -> None:
+    synthesiser = a_synthesiser()
+    areas = [int((synthesiser.draw(CT, np.random.default_rng(seed)).labels_BHW == 1).sum()) for seed in range(12)]
+    assert np.std([area for area in areas if area]) > 0.1 * np.mean(areas)
+
+
+def test_lesions_are_drawn_in_the_liver_alone_and_only_where_they_are_known() -> None:
+    known, unknown = a_synthesiser(), a_synthesiser(replace(an_atlas(), annotated_K=np.array([1, 1, 1, 0, 0], bool)))
+    counts = [
+        sum(int((s.draw(CT, np.random.default_rng(seed)).labels_BHW == 4).sum()) for seed in range(60))
+        for s in (known, unknown)
+    ]
+    assert counts[0] > 0 and counts[1] == 0
+
+
+def test_real_images_are_mixed_in_for_the_expert_that_has_them() -> None:
+    labels = np.ones((3, 44, 44), np.uint8)
+    case = Case(np.full(labels.shape, 0.25, np.float16), labels, np.ones(5, bool), T1, {1: np.arange(3)}, "real")
+    synthesiser = a_synthesiser(images=2, real=Sampler([case], 2, 40, 3, 0, margin=4))
+    names = [name for step in range(20) for name in synthesiser.crops_at(step).names]
+    real = [index % 8 for index, name in enumerate(names) if name == "real"]
+    assert set(real) == {2, 3}
+    assert 5 < len(real) < 30
+
+
+def test_slices_of_bodies_without_structures_are_dark_and_bright_too() -> None:
+    crops = a_synthesiser(negative_atlas(0, SPEC)).crops_at(0)
+    assert not crops.labels_BHW.any() and float(crops.images_BSHW.max()) > 0.2
+
+
+def test_an_expert_of_another_name_sees_every_contrast_of_its_modality() -> None:
+    experts = (ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR"))
+    spec = replace(SPEC, network=NetworkSpec(experts=2), experts=experts)
+    synthesiser = Synthesiser(spec, [an_atlas()], 2, 40, 0)
+    names = {synthesiser.draw(1, np.random.default_rng(seed)).names[0] for seed in range(30)}
+    assert names == {"person as mr_t1", "person as mr_t2", "person as mr_t1ce"}
+
+
+def test_the_preview_shows_each_expert_with_and_without_labels() -> None:
+    synthesiser = a_synthesiser()
+    picture = preview(synthesiser, columns=3)
+    size = 40 + 2 * synthesiser.margin
+    assert picture.shape == (8 * size, 3 * size, 3)
+    assert picture.min() >= 0 and picture.max() <= 1
+    grey = picture[:size]
+    assert (grey[..., 0] == grey[..., 1]).all() and (picture[size : 2 * size].std(-1) > 0.01).any()
