@@ -251,13 +251,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_room(file: str | os.PathLike[str]) -> None:
-    """Has the system say why a library could not write a file, which it does not tell itself.
+    """Has the system say that the disk is full where a library could not write a file, which it does not tell itself.
 
     Raises:
         OSError: The disk takes no more of it.
     """
-    with Path(file).open("ab") as written:
-        written.write(bytes(1 << 20))
+    try:
+        with Path(file).open("ab") as written:
+            written.write(bytes(1 << 20))
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
 
 
 # Finding

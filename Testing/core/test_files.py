@@ -508,7 +508,7 @@ def test_finding_nothing_is_an_error(tmp_path: Path) -> None:
         find_inputs([tmp_path])
     with pytest.raises(FileNotFoundError, match="There is no file or folder"):
         find_inputs([tmp_path / "nothing"])
-    saved(tmp_path / "a" / "b" / "CT.mha")
+    (tmp_path / "a" / "b").mkdir(parents=True)
     with pytest.raises(ValueError, match="Its subfolders are not searched: name them"):
         find_inputs([tmp_path / "a"])
 
