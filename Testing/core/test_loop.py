@@ -170,7 +170,7 @@ def test_a_run_that_was_paused_ends_as_one_that_was_not(tmp_path: Path) -> None:
         train(CONFIG, some_data(), folder, ask, device="cpu")
     assert json.loads((folder / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])["event"] == "paused"
     assert not (folder / PAUSE).exists()
-    assert run(folder)[0] == {"event": "resumed", "stage": 1, "step": 4}
+    assert run(folder)[0] == {"event": "resumed", "stage": 1, "stages": 4, "step": 4}
     assert_same_model(tmp_path / "whole", folder)
 
 
@@ -194,7 +194,7 @@ def test_a_run_whose_last_event_was_cut_goes_on(tmp_path: Path) -> None:
     whole = read_events(log)
     log.write_bytes(log.read_bytes()[:-40])
     run(tmp_path)
-    assert read_events(log) == [{"event": "resumed", "stage": 4, "step": 0}, *whole[:-1]]
+    assert read_events(log) == [{"event": "resumed", "stage": 4, "stages": 4, "step": 0}, *whole[:-1]]
 
 
 def test_a_start_that_was_stopped_leaves_no_half_of_a_configuration(
@@ -443,7 +443,7 @@ def test_a_run_that_was_stopped_as_a_stage_ended_early_takes_no_step_more(
         train(config, some_data(validation=True), tmp_path, watch, device="cpu")
     events = run(tmp_path, config, some_data(validation=True))
     assert events == [
-        {"event": "resumed", "stage": 0, "step": 8},
+        {"event": "resumed", "stage": 0, "stages": 1, "step": 8},
         {"event": "early stop", "stage": "dense", "step": 8},
     ]
 
@@ -475,7 +475,7 @@ def the_whole_liver() -> tuple[Volume, Volume]:
 
 def test_a_tumour_is_liver_where_the_case_annotates_no_tumours() -> None:
     source = CaseSource("a", 0, ("liver",), (), the_whole_liver)
-    assert list(module._validation_scores(Tumours(), [source], True)) == [("a", {"liver": 1})]
+    assert list(module._validation_scores(Tumours(), [source], True, [])) == [("a", {"liver": 1})]
     (result,) = score._results(Tumours(), [source], print)
     assert result.dice == {"liver": 1}
 
@@ -486,7 +486,7 @@ def test_validation_lets_gates_inside_the_network_choose(
 ) -> None:
     found: list[bool] = []
     whole = module._validation_scores
-    monkeypatch.setattr(module, "_validation_scores", lambda *given: found.append(given[-1]) or whole(*given))
+    monkeypatch.setattr(module, "_validation_scores", lambda *given: found.append(given[2]) or whole(*given))
     network, stages = replace(NETWORK, gate=gate), (Stage("experts", 2, 1e-3), Stage("joint", 2, 1e-3))
     config = replace(CONFIG, network=network, stages=stages, validate_every=2)
     run(tmp_path, config, replace(some_data(validation=True), spec=of(network)))
