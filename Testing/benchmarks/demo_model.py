@@ -48,7 +48,7 @@ LICENCES = (
     "TotalSegmentator: Apache-2.0; HuBMAP CCF 3D reference object library: CC BY 4.0, modified; "
     "SPL abdominal atlas: 3D Slicer licence part B, modified"
 )
-PHANTOMS, NEGATIVES = 40, 6
+PHANTOMS, NEGATIVES = 40, 12
 ABDOMEN = tuple(key for key in STRUCTURES if key not in ("esophagus", "urinary_bladder", "prostate_or_uterus"))
 PELVIS = ("urinary_bladder", "prostate_or_uterus")
 BODY = {
@@ -111,7 +111,7 @@ def label_meanings(data: Path, path: str) -> dict[int, str]:
 def demo_atlases(data: Path, spec: ModelSpec) -> list[Atlas]:
     """All label maps, and bodies without any of the structures."""
     found = [load_atlas(demo_case(data, source), spec, source.weight) for source in SOURCES]
-    return [*found, *(replace(negative_atlas(seed, spec), weight=0.15) for seed in range(NEGATIVES))]
+    return [*found, *(replace(negative_atlas(seed, spec), weight=0.2) for seed in range(NEGATIVES))]
 
 
 def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
@@ -133,7 +133,8 @@ def demo_config(length: float) -> TrainConfig:
         Stage("experts", 1500, 7e-4, balance=0.2),
         Stage("gate", 80, 2e-2),
         Stage("joint", 650, 4e-4, balance=0.0),
-        Stage("gate", 200, 2e-2),
+        Stage("experts", 650, 4e-4, balance=0.0),
+        Stage("gate", 900, 2e-2),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages)
     return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)
@@ -160,13 +161,13 @@ def score_table(data: Path, models: Sequence[str]) -> str:
     for held in real_volumes(data):
         for number, predictor in enumerate(predictors):
             labels, report = predictor(held.image)
-            forced, _ = predictor(held.image, held.expert)
-            right = max(report.gate, key=lambda name: report.gate[name]) == held.expert
+            right = report.expert_weights[held.expert] == 1
+            forced = labels if right else predictor(held.image, held.expert)[0]
             told = {f"{held.group}, {key}": value for key, value in dice_by_key(labels, held.truth).items()}
             named = {
                 f"{held.group}, {key}, expert named": value for key, value in dice_by_key(forced, held.truth).items()
             }
-            for key, value in {**told, **named, f"{held.group}, gate right": float(right)}.items():
+            for key, value in {**told, **named, f"{held.group}, right expert": float(right)}.items():
                 rows.setdefault(key, [[] for _ in models])[number].append(value)
     for path in sorted([*data.glob("negative/*.nii.gz"), *data.glob("negative_nc/*.nii.gz")]):
         volumes = [predictor(read_volume(path, 0))[1].volumes_ml for predictor in predictors]
