@@ -31,7 +31,8 @@ from m4oe.training.config import DEMO, Stage, TrainConfig
 from m4oe.training.data import Case, make_case
 from m4oe.training.loop import TrainingData, train
 from m4oe.training.phantom import STRUCTURES
-from m4oe.training.phantom_data import phantom_data
+from m4oe.training.phantom_data import phantom_data, unseen_phantoms
+from m4oe.training.score import score_model
 from m4oe.training.start import start_network
 from m4oe.training.synthesis import Synthesiser, preview
 
@@ -48,7 +49,7 @@ LICENCES = (
     "TotalSegmentator: Apache-2.0; HuBMAP CCF 3D reference object library: CC BY 4.0, modified; "
     "SPL abdominal atlas: 3D Slicer licence part B, modified"
 )
-PHANTOMS, NEGATIVES = 40, 12
+PHANTOMS, NEGATIVES, UNSEEN = 40, 12, 5
 ABDOMEN = tuple(key for key in STRUCTURES if key not in ("esophagus", "urinary_bladder", "prostate_or_uterus"))
 PELVIS = ("urinary_bladder", "prostate_or_uterus")
 BODY = {
@@ -202,7 +203,9 @@ def main() -> None:
     synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
     write_png(options.output / "synthesis.png", preview(synthesiser))
     start = start_network(options.init, config, STRUCTURES) if options.init else None
-    print(train(config, data, options.output, say, device="cpu", start=start))
+    model = train(config, data, options.output, say, device="cpu", start=start)
+    score_model(model, unseen_phantoms(UNSEEN), say, "cpu")
+    print(model)
 
 
 if __name__ == "__main__":
