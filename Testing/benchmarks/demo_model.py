@@ -1,4 +1,4 @@
-"""Trains the model that ships, from data that may be shipped; the same command goes on where it was stopped.
+"""Trains a demonstration model from data that may be shipped; the same command goes on where it was stopped.
 
     m4oe train --phantoms -o PHANTOMS
     python Testing/benchmarks/demo_model.py DATA -o OUT --init PHANTOMS/model.safetensors:mr_t1ce
