@@ -1,4 +1,4 @@
-"""Trains the model that ships, from data that may be shipped; the same command goes on where it was stopped.
+"""Trains a demonstration model from data that may be shipped; the same command goes on where it was stopped.
 
     m4oe train --phantoms -o PHANTOMS
     python Testing/benchmarks/demo_model.py DATA -o OUT --init PHANTOMS/model.safetensors:mr_t1ce
@@ -31,7 +31,8 @@ from m4oe.training.config import DEMO, Stage, TrainConfig
 from m4oe.training.data import Case, make_case
 from m4oe.training.loop import TrainingData, train
 from m4oe.training.phantom import STRUCTURES
-from m4oe.training.phantom_data import phantom_data
+from m4oe.training.phantom_data import phantom_data, unseen_phantoms
+from m4oe.training.score import score_model
 from m4oe.training.start import start_network
 from m4oe.training.synthesis import Synthesiser, preview
 
@@ -48,7 +49,7 @@ LICENCES = (
     "TotalSegmentator: Apache-2.0; HuBMAP CCF 3D reference object library: CC BY 4.0, modified; "
     "SPL abdominal atlas: 3D Slicer licence part B, modified"
 )
-PHANTOMS, NEGATIVES = 40, 6
+PHANTOMS, NEGATIVES, UNSEEN = 40, 12, 5
 ABDOMEN = tuple(key for key in STRUCTURES if key not in ("esophagus", "urinary_bladder", "prostate_or_uterus"))
 PELVIS = ("urinary_bladder", "prostate_or_uterus")
 BODY = {
@@ -111,7 +112,7 @@ def label_meanings(data: Path, path: str) -> dict[int, str]:
 def demo_atlases(data: Path, spec: ModelSpec) -> list[Atlas]:
     """All label maps, and bodies without any of the structures."""
     found = [load_atlas(demo_case(data, source), spec, source.weight) for source in SOURCES]
-    return [*found, *(replace(negative_atlas(seed, spec), weight=0.15) for seed in range(NEGATIVES))]
+    return [*found, *(replace(negative_atlas(seed, spec), weight=0.2) for seed in range(NEGATIVES))]
 
 
 def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
@@ -133,7 +134,8 @@ def demo_config(length: float) -> TrainConfig:
         Stage("experts", 1500, 7e-4, balance=0.2),
         Stage("gate", 80, 2e-2),
         Stage("joint", 650, 4e-4, balance=0.0),
-        Stage("gate", 200, 2e-2),
+        Stage("experts", 650, 4e-4, balance=0.0),
+        Stage("gate", 900, 2e-2),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages)
     return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)
@@ -160,13 +162,13 @@ def score_table(data: Path, models: Sequence[str]) -> str:
     for held in real_volumes(data):
         for number, predictor in enumerate(predictors):
             labels, report = predictor(held.image)
-            forced, _ = predictor(held.image, held.expert)
-            right = max(report.gate, key=lambda name: report.gate[name]) == held.expert
+            right = report.expert_weights[held.expert] == 1
+            forced = labels if right else predictor(held.image, held.expert)[0]
             told = {f"{held.group}, {key}": value for key, value in dice_by_key(labels, held.truth).items()}
             named = {
                 f"{held.group}, {key}, expert named": value for key, value in dice_by_key(forced, held.truth).items()
             }
-            for key, value in {**told, **named, f"{held.group}, gate right": float(right)}.items():
+            for key, value in {**told, **named, f"{held.group}, right expert": float(right)}.items():
                 rows.setdefault(key, [[] for _ in models])[number].append(value)
     for path in sorted([*data.glob("negative/*.nii.gz"), *data.glob("negative_nc/*.nii.gz")]):
         volumes = [predictor(read_volume(path, 0))[1].volumes_ml for predictor in predictors]
@@ -201,7 +203,9 @@ def main() -> None:
     synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
     write_png(options.output / "synthesis.png", preview(synthesiser))
     start = start_network(options.init, config, STRUCTURES) if options.init else None
-    print(train(config, data, options.output, say, device="cpu", start=start))
+    model = train(config, data, options.output, say, device="cpu", start=start)
+    score_model(model, unseen_phantoms(UNSEEN), say, "cpu")
+    print(model)
 
 
 if __name__ == "__main__":

@@ -213,10 +213,10 @@ def test_real_images_are_mixed_in_for_the_expert_that_has_them() -> None:
     labels = np.ones((3, 44, 44), np.uint8)
     case = Case(np.full(labels.shape, 0.25, np.float16), labels, np.ones(5, bool), T1, {1: np.arange(3)}, "real")
     synthesiser = a_synthesiser(images=2, real=Sampler([case], 2, 40, 3, 0, margin=4))
-    names = [name for step in range(20) for name in synthesiser.crops_at(step).names]
+    names = [name for step in range(24) for name in synthesiser.crops_at(step).names]
     real = [index % 8 for index, name in enumerate(names) if name == "real"]
     assert set(real) == {2, 3}
-    assert 5 < len(real) < 30
+    assert 5 < len(real) < 40
 
 
 def test_slices_of_bodies_without_structures_are_dark_and_bright_too() -> None:

@@ -33,7 +33,7 @@ from .body import CODES, TISSUES
 from .data import Crops, Sampler
 from .phantom import MODALITIES, tissue_hu, tissue_signal
 
-_REAL = 0.35  # share of real images for an expert that has some
+_REAL = 0.2  # share of real images for an expert that has some
 _ANY_SLICE = 0.4
 _COARSE = 4  # pixels between the points at which the deformation is computed
 _BANK = 1 << 21
@@ -308,7 +308,7 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     spread = _TEXTURE[codes]
     if contrast == "ct":
         drawn = tissue_hu(rng)[codes]
-        drawn = drawn + rng.normal(0, np.where(drawn < -400, 20, 8 + 0.06 * abs(drawn)))
+        drawn = drawn + rng.normal(0, np.where(drawn < -400, 20, 12 + 0.15 * abs(drawn)))
         drawn[0] = -1000
         return torch.from_numpy(drawn).float(), spread
     if rng.random() < wild:
