@@ -31,6 +31,8 @@ class DataTable:
         self._table = table
         table.setColumnCount(4)
         table.setHorizontalHeaderLabels([_("Data set"), _("Cases"), _("Structures"), _("Warnings")])
+        for column, width in enumerate((110, 50, 120)):
+            table.setColumnWidth(column, width)
         table.horizontalHeader().setStretchLastSection(True)
         self._waiting: list[tuple[str, list[str]]] = []
         self._process: Process | None = None

@@ -86,6 +86,8 @@ class Evaluation:
                 table.setItem(row, column, qt.QTableWidgetItem(text))
             if means["dice"] is not None:
                 self.scores[structure(key).name] = means["dice"]
+        table.verticalHeader().setVisible(False)
+        table.resizeColumnsToContents()
 
     def plot(self) -> None:
         """Shows the mean Dice of each structure as bars in Slicer's plot view."""
