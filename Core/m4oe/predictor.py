@@ -230,7 +230,8 @@ class Predictor:
             logits_E = logits_E.masked_fill(~torch.tensor(fits, device=logits_E.device), float("-inf"))
         weights_E = logits_E.softmax(-1)
         best, free = int(weights_E.argmax()), int(free_E.argmax())
-        if experts[free].modality != evidence.modality:
+        against = sum(float(share) for share, fit in zip(free_E, fits, strict=True) if not fit)
+        if experts[free].modality != evidence.modality and (not restricted or against >= _SURE):
             used = f"{names[best]} was used: name another expert if that is wrong"
             doubts.insert(0, f"modality in doubt: {says}, the gate says {names[free]}; {used}")
         elif float(weights_E[best]) < _SURE:

@@ -288,6 +288,12 @@ def test_a_gate_that_wavers_is_told_on(with_gate: Callable[..., Predictor], logi
     assert any(f"gives mr_t1 only {share}" in text for text in report.warnings)
 
 
+def test_a_gate_that_wavers_does_not_contradict_a_proof(with_gate: Callable[..., Predictor]) -> None:
+    _, report = with_gate(0.0, 0.3, -0.1)(replace(a_ct(), modality="CT"))
+    assert report.gate["ct"] == pytest.approx(0.31, abs=0.01)
+    assert not any("modality in doubt" in text for text in report.warnings)
+
+
 def test_a_gate_that_is_sure_raises_no_doubt(with_gate: Callable[..., Predictor]) -> None:
     _, report = with_gate(0.0, 9.0, 0.0)(an_mr())
     assert report.chosen_by == "gate"

@@ -25,7 +25,7 @@ def main(source: str, target: str, length: float = 0.15) -> None:
     ui.addFolderButton.click()
     settle(lambda: not panel._data.busy, 300)
     panel.onTimer()
-    ui.runFolderEdit.currentPath = tempfile.mkdtemp(prefix="m4oe-") + "/liver and spleen"
+    ui.runFolderEdit.currentPath = tempfile.mkdtemp(prefix="m4oe-") + "/abdomen"
     ui.presetSelector.currentIndex = 0
     ui.lengthSpinBox.value = float(length)
     photograph(panel, folder / "training-data.png", ["data"])
