@@ -5,12 +5,15 @@ PIP_INSTALL := $(BIN)/python -m pip install
 # Slicer's stable release: the wheel and the VTK that it is built with. The preview is pinned in constraints.txt.
 SLICER_STABLE := slicer-core==5.12.4.0 vtk==9.6.0
 
+TRAINING_TESTS := $(wildcard Testing/core/test_train*.py) $(patsubst %,Testing/core/test_%.py,augment cache check data \
+  data_commands datasets exchange loop loss parallel phantom plan start synthesis)
+
 # Relative, as pip splits this value at spaces.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-core test-nodes test-nodes-stable test-gui test-gui-stable train benchmark format lint types check clean
+.PHONY: help demo test test-core test-training test-nodes test-nodes-stable test-gui test-gui-stable train benchmark format lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -19,10 +22,13 @@ demo: .venv/installed ## segment a made-up volume, or INPUT=file, and draw it, i
 	$(BIN)/m4oe demo -o build/demo $(if $(INPUT),--input "$(INPUT)")
 
 test: .venv/installed-test .slicer-stable/installed ## run all tests, two kinds at a time
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-nodes test-nodes-stable test-gui test-gui-stable
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-training test-nodes test-nodes-stable test-gui test-gui-stable
 
-test-core: .venv/installed-test ## test the package
-	$(BIN)/python -m pytest Testing/core
+test-core: .venv/installed-test ## test the package, but for training
+	$(BIN)/python -m pytest Testing/core $(addprefix --ignore=,$(TRAINING_TESTS))
+
+test-training: .venv/installed-test ## test training and its data
+	$(BIN)/python -m pytest $(TRAINING_TESTS)
 
 test-nodes: .venv/installed-test ## test the node code on Slicer's preview release
 	$(BIN)/python -m pytest Testing/nodes
