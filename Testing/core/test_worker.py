@@ -540,7 +540,7 @@ def test_a_cancelled_worker_obeys_and_goes_on(stand_in: Client, monkeypatch: pyt
 
     with pytest.raises(Cancelled, match="nothing was changed"):
         stand_in.segment(a_volume(), device="obey", on_event=events.append, cancelled=started)
-    assert ("send", 1.0) in events and events[-1] == ("segment", 0.5)
+    assert {("send", 1.0), ("segment", 0.5)} <= set(events)
     assert process_of(stand_in) == first
 
 
