@@ -82,7 +82,6 @@ def add_bundle_command(commands: Any) -> None:
     make.add_argument("file", type=Path, metavar="OUT.zip")
     make.add_argument("--platform", choices=tuple(PLATFORMS), help="of the other machine; default: as this one")
     make.add_argument("--python", metavar="X.Y", help="of the other machine, 3.12 for Slicer; default: as this one")
-    make.add_argument("--extra-index-url", metavar="URL", help="for pip: where builds of torch for CPUs or a CUDA are")
     make.set_defaults(run=_make)
 
     take = actions.add_parser("import", help="install a bundle into this Python; needs no network")
@@ -91,7 +90,7 @@ def add_bundle_command(commands: Any) -> None:
 
 
 def _make(options: argparse.Namespace) -> int:
-    manifest = make_bundle(options.file, options.platform, options.python, options.extra_index_url, say)
+    manifest = make_bundle(options.file, options.platform, options.python, say)
     print(f"{_told(manifest)}\nfor Python {manifest.python} on {manifest.platform}: {options.file}")
     print(f"on the other machine: m4oe bundle import {options.file.name}, in Slicer PythonSlicer -m m4oe bundle import")
     return 0
@@ -117,18 +116,16 @@ def make_bundle(
     path: Path | str,
     platform: str | None = None,
     python: str | None = None,
-    extra_index_url: str | None = None,
     on_line: OnLine = lambda line: None,
 ) -> Manifest:
     """Downloads what M4oE needs, and packs it with the models in the user's model folder.
 
-    Other indexes, mirrors and constraints are taken from pip's own configuration and variables.
+    Where pip downloads from, and under which constraints, is said by its own configuration and variables.
 
     Args:
         path: A .zip file to be; one that is there is replaced when the new one is whole.
         platform: A key of `PLATFORMS`; None for this machine's.
         python: Such as "3.12"; None for this Python's.
-        extra_index_url: Another index for pip, such as https://download.pytorch.org/whl/cpu.
         on_line: Hears what pip says.
 
     Raises:
@@ -149,7 +146,7 @@ def make_bundle(
     if odd := [model.name for model in models if not _MEMBER.fullmatch(f"models/{model.name}")]:
         raise ValueError(f"the name {odd[0]!r} of a model cannot be used; expected letters, digits and . _ -")
     with tempfile.TemporaryDirectory() as folder:
-        _download(Path(folder), platform, python, extra_index_url, on_line)
+        _download(Path(folder), platform, python, on_line)
         wheels = sorted(Path(folder).glob("*.whl"))
         files = {f"wheels/{wheel.name}": wheel for wheel in wheels} | {f"models/{file.name}": file for file in models}
         manifest = Manifest(
@@ -164,7 +161,7 @@ def make_bundle(
     return manifest
 
 
-def _download(folder: Path, platform: str | None, python: str | None, index: str | None, on_line: OnLine) -> None:
+def _download(folder: Path, platform: str | None, python: str | None, on_line: OnLine) -> None:
     words = ["download", "--only-binary", ":all:", "--dest", str(folder), "--progress-bar", "off"]
     if platform or python:  # pip wants both then
         tags = PLATFORMS.get(platform or _this_platform())
@@ -172,7 +169,6 @@ def _download(folder: Path, platform: str | None, python: str | None, index: str
             raise ValueError(f"this machine is {_this_platform()}; name the other one's: {', '.join(PLATFORMS)}")
         words += [word for tag in tags for word in ("--platform", tag)]
         words += ["--python-version", python or _this_python(), "--implementation", "cp"]
-    words += ["--extra-index-url", index] if index else []
     _pip([*words, *map(str, REQUIREMENTS)], os.environ, on_line)
 
 
