@@ -130,11 +130,9 @@ def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
 def demo_config(length: float) -> TrainConfig:
     """The stages, `length` times as long."""
     stages = (
-        Stage("dense", 2400, 1e-3),
-        Stage("experts", 1500, 7e-4, balance=0.2),
-        Stage("gate", 80, 2e-2),
-        Stage("joint", 650, 4e-4, balance=0.0),
-        Stage("experts", 650, 4e-4, balance=0.0),
+        Stage("dense", 7000, 1e-3, balance=0.2),
+        Stage("experts", 5000, 7e-4, balance=0.1),
+        Stage("experts", 1500, 3e-4, balance=0.0),
         Stage("gate", 900, 2e-2),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe.training.loss import gate_loss, known_log_probabilities, reconstruction_loss, segmentation_loss, wholes
+from m4oe.training.loss import gate_loss, known_probabilities, reconstruction_loss, segmentation_loss, wholes
 from torch import Tensor
 
 
@@ -80,14 +80,14 @@ def test_a_perfect_answer_costs_nothing() -> None:
 
 def test_annotated_scores_are_left_as_they_are() -> None:
     scores, _ = some(0)
-    found = known_log_probabilities(scores, everything(scores), FLAT[:4])
-    assert torch.equal(found, scores.log_softmax(-1))
+    found = known_probabilities(scores, everything(scores), FLAT[:4])
+    torch.testing.assert_close(found, scores.softmax(-1))
 
 
 def test_background_takes_the_probability_of_what_was_not_drawn() -> None:
     scores, _ = some(3)
     annotated = torch.tensor([[True, True, False, False], [False, True, True, True]])
-    found, whole = known_log_probabilities(scores, annotated, FLAT[:4]).exp(), scores.softmax(-1)
+    found, whole = known_probabilities(scores, annotated, FLAT[:4]), scores.softmax(-1)
     torch.testing.assert_close(found[0, ..., 0], whole[0, ..., [0, 2, 3]].sum(-1))
     torch.testing.assert_close(found[0, ..., 1], whole[0, ..., 1])
     assert found[0, ..., 2:].max() < 1e-30
@@ -102,7 +102,7 @@ def test_parts_lead_to_their_wholes() -> None:
 def test_a_tumour_that_was_not_drawn_counts_as_its_organ_where_that_was() -> None:
     scores, _ = some(3)
     annotated = torch.tensor([[True, True, False, True], [False, False, False, True]])
-    found = known_log_probabilities(scores, annotated, wholes(["liver", "liver_tumor", "spleen"])).exp()
+    found = known_probabilities(scores, annotated, wholes(["liver", "liver_tumor", "spleen"]))
     whole = scores.softmax(-1)
     torch.testing.assert_close(found[0, ..., 1], whole[0, ..., 1] + whole[0, ..., 2])
     torch.testing.assert_close(found[1, ..., 0], whole[1, ..., :3].sum(-1))
@@ -126,7 +126,7 @@ def test_what_was_not_looked_for_counts_as_its_whole_or_as_background(
     for one, expected in enumerate(counts_as):
         scores = torch.full((1, 1, 1, 8), -50.0)
         scores[..., one] = 50.0
-        found = known_log_probabilities(scores, known, wholes(keys))
+        found = known_probabilities(scores, known, wholes(keys))
         assert int(found.argmax()) == expected
 
 
