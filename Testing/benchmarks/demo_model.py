@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from evidence import dice_by_key, real_volumes
 from m4oe.files import read_volume
@@ -49,6 +50,7 @@ LICENCES = (
     "TotalSegmentator: Apache-2.0; HuBMAP CCF 3D reference object library: CC BY 4.0, modified; "
     "SPL abdominal atlas: 3D Slicer licence part B, modified"
 )
+FOR_THE_GATE = (("mr/cmb_06489_t2.nii.gz", "mr_t2"),)  # images without labels
 PHANTOMS, NEGATIVES, UNSEEN = 40, 12, 5
 ABDOMEN = tuple(key for key in STRUCTURES if key not in ("esophagus", "urinary_bladder", "prostate_or_uterus"))
 PELVIS = ("urinary_bladder", "prostate_or_uterus")
@@ -116,21 +118,25 @@ def demo_atlases(data: Path, spec: ModelSpec) -> list[Atlas]:
 
 
 def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
-    """The real images with their labels; each comes up three times as often as all phantoms of its expert."""
-    found = []
+    """The real images; each comes up three times as often as all phantoms of its expert."""
+    found: list[Case] = []
     for source in SOURCES:
         if source.image:
             case = demo_case(data, source)
             image, labels = load_case(case, STRUCTURES)
             expert = spec.expert_index(source.expert)
-            found.append(make_case(image, labels, source.annotated, spec, expert, weight=3.0 * PHANTOMS))
+            found += 3 * PHANTOMS * [make_case(image, labels, source.annotated, spec, expert)]
+    for path, name in FOR_THE_GATE:
+        image = read_volume(data / path, 0)
+        nothing = replace(image, array=np.zeros(image.grid.shape, np.uint8))
+        found += 3 * PHANTOMS * [make_case(image, nothing, (), spec, spec.expert_index(name))]
     return found
 
 
 def demo_config(length: float) -> TrainConfig:
     """The stages, `length` times as long."""
     stages = (
-        Stage("dense", 7000, 1e-3, balance=0.2),
+        Stage("dense", 5500, 1e-3, balance=0.2),
         Stage("experts", 5000, 7e-4, balance=0.1),
         Stage("experts", 1500, 3e-4, balance=0.0),
         Stage("gate", 900, 2e-2),

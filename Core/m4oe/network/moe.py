@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -71,13 +72,20 @@ def keep_top_k(weights: Tensor, top_k: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """Scores experts by the mean and the spread of an image's early features, wherever there is something to see."""
+    """Scores experts by what an image's early features show side by side, wherever there is something to see.
+
+    Means of the early features alone tell CT from MR, but not the contrasts of MR: that a bright spot is fluid or a
+    vessel, only what lies around it tells. Two strided convolutions look at that.
+    """
 
     def __init__(self, dim: int, experts: int) -> None:
         """Builds a router for features of `dim` channels."""
         super().__init__()
-        self.norm = nn.LayerNorm(2 * dim)
-        self.score = nn.Linear(2 * dim, experts)
+        self.norm = nn.LayerNorm(dim)
+        self.near = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1)
+        self.around = nn.Conv2d(2 * dim, 2 * dim, 3, stride=2, padding=1)
+        self.pooled_norm = nn.LayerNorm(4 * dim)
+        self.score = nn.Linear(4 * dim, experts)
 
     def forward(self, features_BHWC: Tensor, seen_BHW: Tensor) -> Tensor:
         """Returns the logits [B, E] in float32.
@@ -87,12 +95,13 @@ class Router(nn.Module):
             seen_BHW: Whether a token shows something; the field of view and padding must not sway the decision.
         """
         with torch.autocast(features_BHWC.device.type, enabled=False):
-            features_BHWC = features_BHWC.float()
-            share_BHW1 = seen_BHW[..., None].float() + 1e-6  # an empty image counts as a whole
-            share_BHW1 = share_BHW1 / share_BHW1.sum(dim=(1, 2), keepdim=True)
-            mean_BC = (share_BHW1 * features_BHWC).sum(dim=(1, 2))
-            variance_BC = (share_BHW1 * (features_BHWC - mean_BC[:, None, None]) ** 2).sum(dim=(1, 2))
-            return self.score(self.norm(torch.cat([mean_BC, (variance_BC + 1e-6).sqrt()], dim=1)))
+            shown_BCHW = (self.norm(features_BHWC.float()) * seen_BHW[..., None]).permute(0, 3, 1, 2)
+            around_BCHW = F.gelu(self.around(F.gelu(self.near(shown_BCHW))))
+            share_B1HW = seen_BHW[:, None, ::4, ::4] + 1e-6  # an empty image counts as a whole
+            share_B1HW = share_B1HW / share_B1HW.sum(dim=(2, 3), keepdim=True)
+            mean_BC = (share_B1HW * around_BCHW).sum(dim=(2, 3))
+            variance_BC = (share_B1HW * (around_BCHW - mean_BC[..., None, None]) ** 2).sum(dim=(2, 3))
+            return self.score(self.pooled_norm(torch.cat([mean_BC, (variance_BC + 1e-6).sqrt()], dim=1)))
 
 
 class MoEFeedForward(nn.Module):

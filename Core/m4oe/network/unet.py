@@ -78,8 +78,12 @@ class MoESwinUNet(nn.Module):
         first_BHWC = self._first_stage(self._embed(x_BSHW))
         return self._segment(x_BSHW, first_BHWC, self._routing(x_BSHW, first_BHWC, weights_BE))
 
-    def forward_gated(self, x_BSHW: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Scores as experts weighed by the gate itself give them, for training from a soft mixture to a sparse one.
+    def forward_gated(
+        self, x_BSHW: Tensor, temperature: float = 1.0, weights_BE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and what the gate says, for training.
+
+        The experts are weighed by the gate itself, from a soft mixture to a sparse one as the temperature falls.
 
         Source: Nie et al., "EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To-Sparse Gate",
         2021.
@@ -88,6 +92,7 @@ class MoESwinUNet(nn.Module):
             x_BSHW: As of `forward`.
             temperature: The gate's logits are divided by it before softmax; weights below 0.01 become 0, so that the
                 fewer experts are at work the lower it is.
+            weights_BE: Expert weights that overrule the gate's; best on the CPU.
 
         Returns:
             Scores [B, H, W, K], and the gate's logits [B, E].
@@ -97,10 +102,11 @@ class MoESwinUNet(nn.Module):
         """
         first_BHWC = self._first_stage(self._embed(x_BSHW))
         logits_BE = self._gate(x_BSHW, first_BHWC)
-        weights_BE = (logits_BE / temperature).softmax(-1)
-        weights_BE = weights_BE.masked_fill(weights_BE < _NEGLIGIBLE, 0)
-        routing = Routing.of(weights_BE / weights_BE.sum(-1, keepdim=True))
-        return self._segment(x_BSHW, first_BHWC, routing), logits_BE
+        if weights_BE is None:
+            soft_BE = (logits_BE / temperature).softmax(-1)
+            kept_BE = soft_BE.masked_fill(soft_BE < _NEGLIGIBLE, 0)
+            weights_BE = kept_BE / kept_BE.sum(-1, keepdim=True)
+        return self._segment(x_BSHW, first_BHWC, Routing.of(weights_BE, x_BSHW.device)), logits_BE
 
     def _segment(self, x_BSHW: Tensor, first_BHWC: Tensor, routing: Routing | None) -> Tensor:
         """Scores [B, H, W, K] from the first stage on."""

@@ -16,10 +16,10 @@ class Stage:
 
     Attributes:
         name: "pretrain" fills in hidden parts of images, which needs no labels; "dense" trains one network for all
-            modalities, of which every expert starts as a copy; "experts" routes every image to its modality's expert;
-            "gate" trains the gate alone to tell modalities apart; "joint" trains all together, the experts weighed by
-            the gate itself, at first softly and at the end nearly as sparsely as prediction does; a last "gate" fits
-            the gate to what that has left. Without "pretrain" and "dense" the experts start at random. "add" trains
+            modalities, of which every expert starts as a copy; "experts" routes every image to its modality's expert,
+            and the gate learns beside them to tell modalities apart; "gate" trains the gate alone; "joint" trains all
+            together, the experts weighed by the gate itself, at first softly and at the end nearly as sparsely as
+            prediction does; a last "gate" fits the gate to what that has left. Without "pretrain" and "dense" the experts start at random. "add" trains
             the last expert of a model alone, with its row of the gate and the classes that no other expert knows.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.

@@ -76,9 +76,7 @@ def segmentation_loss(
     pixels_K = by_class.index_add(0, truth_P, torch.ones_like(hit_P))
     hit_K = by_class.index_add(0, truth_P, hit_P)
     surprise_K = by_class.index_add(0, truth_P, surprise_P)
-    pixels_K, hit_K, surprise_K, found_K = add_up(
-        torch.stack([pixels_K, hit_K, surprise_K, known_PK.sum(0)])
-    ).unbind()
+    pixels_K, hit_K, surprise_K, found_K = add_up(torch.stack([pixels_K, hit_K, surprise_K, known_PK.sum(0)])).unbind()
     weight_K = pixels_K.clamp(min=1).pow(-balance)
     cross_entropy = (weight_K * surprise_K).sum() / (weight_K * pixels_K).sum()
     dice_K = (2 * hit_K + 1) / (found_K + pixels_K + 1)

@@ -55,6 +55,9 @@ class Objective:
                 return self._reconstruct(network, batch)
             case "gate":
                 return self._gate(network.gate_logits(batch.images_BSHW), batch)
+            case "experts" if network.router is not None:
+                scores_BHWK, logits_BE = network.forward_gated(batch.images_BSHW, weights_BE=self._own_expert(batch))
+                return self._segmentation(scores_BHWK, batch) | self._gate(logits_BE, batch)
             case "joint" if network.router is not None:
                 temperature = _COLDEST**progress if network.spec.top_k else 1.0
                 scores_BHWK, logits_BE = network.forward_gated(batch.images_BSHW, temperature)
@@ -71,8 +74,10 @@ class Objective:
 
     def _segment(self, network: MoESwinUNet, batch: Batch) -> Losses:
         """Each image through its modality's expert."""
-        weights_BE = F.one_hot(batch.experts_B, self.spec.network.experts).float()
-        return self._segmentation(network(batch.images_BSHW, weights_BE), batch)
+        return self._segmentation(network(batch.images_BSHW, self._own_expert(batch)), batch)
+
+    def _own_expert(self, batch: Batch) -> Tensor:
+        return F.one_hot(batch.experts_B, self.spec.network.experts).float()
 
     def _segmentation(self, scores_BHWK: Tensor, batch: Batch) -> Losses:
         given = (batch.labels_BHW, batch.annotated_BK, self.wholes_KD, self.stage.balance, self.add_up)
@@ -99,7 +104,7 @@ def trained_groups(network: MoESwinUNet, stage: Stage, spec: ModelSpec, others: 
         return _added_groups(network, spec, others)
     network.requires_grad_(stage.name != "gate")
     if network.router is not None:
-        network.router.requires_grad_(stage.name != "experts")
+        network.router.requires_grad_()
     return [{"params": [parameter for parameter in network.parameters() if parameter.requires_grad]}]
 
 

@@ -170,6 +170,7 @@ class Synthesiser:
     ) -> Crops:
         """Adds what lies beside and in the body, and scales intensities as the model's rule does."""
         body_HW = image_SHW[len(image_SHW) // 2] > 0.02
+        image_SHW = _softened(image_SHW, rng)
         image_SHW = image_SHW.clamp(0, 1) if contrast == "ct" else _scaled(_shaded(image_SHW, rng), rng)
         if contrast == "ct" and rng.random() < 0.6:
             _add_table(image_SHW, body_HW, self.spec.pixel_mm, rng)
@@ -318,6 +319,12 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     drawn[0] = 0
     means = torch.from_numpy(np.asarray(drawn)).float()
     return means, means * (spread.clamp(max=20) / 100 + 0.02)
+
+
+def _softened(image_SHW: Tensor, rng: Generator) -> Tensor:
+    """Edges less sharp than those of a label map, as the point spread of a scanner draws them."""
+    blurred_SHW = F.avg_pool2d(F.pad(image_SHW[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
+    return torch.lerp(image_SHW, blurred_SHW, rng.uniform(0, 1))
 
 
 def _shaded(image_SHW: Tensor, rng: Generator) -> Tensor:
