@@ -19,8 +19,9 @@ class Stage:
             modalities, of which every expert starts as a copy; "experts" routes every image to its modality's expert,
             and the gate learns beside them to tell modalities apart; "gate" trains the gate alone; "joint" trains all
             together, the experts weighed by the gate itself, at first softly and at the end nearly as sparsely as
-            prediction does; a last "gate" fits the gate to what that has left. Without "pretrain" and "dense" the experts start at random. "add" trains
-            the last expert of a model alone, with its row of the gate and the classes that no other expert knows.
+            prediction does; a last "gate" fits the gate to what that has left. Without "pretrain" and "dense" the
+            experts start at random. "add" trains the last expert of a model alone, with its row of the gate and the
+            classes that no other expert knows.
         steps: Optimiser steps.
         learning_rate: Highest learning rate, reached after the warm-up.
         balance: How much more rare classes weigh in the cross-entropy, see `segmentation_loss`: 0.5 to learn fast,
