@@ -137,8 +137,8 @@ def demo_config(length: float) -> TrainConfig:
     """The stages, `length` times as long."""
     stages = (
         Stage("dense", 5500, 1e-3, balance=0.2),
-        Stage("experts", 5000, 7e-4, balance=0.1),
-        Stage("experts", 1500, 3e-4, balance=0.0),
+        Stage("experts", 4200, 7e-4, balance=0.1),
+        Stage("experts", 1300, 3e-4, balance=0.0),
         Stage("gate", 900, 2e-2),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages)

@@ -38,6 +38,8 @@ _ANY_SLICE = 0.4
 _COARSE = 4  # pixels between the points at which the deformation is computed
 _BANK = 1 << 21
 _WILD = 0.15  # share of MR images whose tissues have any signal
+_EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
+_KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
 _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
 
 
@@ -228,10 +230,14 @@ def preview(synthesiser: Synthesiser, columns: int = 8) -> NDArray[np.float32]:
 
 
 def _slice(atlas: Atlas, rng: Generator) -> float:
-    """A slice, half of the time one that shows a structure drawn at random, as small ones are to come up as often."""
+    """A slice, half of the time one that shows a structure drawn at random; long ones come up a little more often.
+
+    The ends of a structure are the harder part, and come up more often than its middle.
+    """
     if atlas.slices_of and rng.random() >= _ANY_SLICE:
-        slices = atlas.slices_of[int(rng.choice(list(atlas.slices_of)))]
-        return float(rng.choice(slices)) + rng.uniform(-0.5, 0.5)
+        length = np.sqrt([len(slices) for slices in atlas.slices_of.values()])
+        slices = atlas.slices_of[int(rng.choice(list(atlas.slices_of), p=length / length.sum()))]
+        return float(slices[int(rng.beta(0.6, 0.6) * len(slices))]) + rng.uniform(-0.5, 0.5)
     return rng.uniform(0, len(atlas.classes_ZHW) - 1)
 
 
@@ -309,6 +315,8 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     spread = _TEXTURE[codes]
     if contrast == "ct":
         drawn = tissue_hu(rng)[codes]
+        if rng.random() < _EXCRETION:
+            drawn = drawn + np.isin(codes, _KIDNEY) * rng.uniform(0, 180)
         drawn = drawn + rng.normal(0, np.where(drawn < -400, 20, 12 + 0.15 * abs(drawn)))
         drawn[0] = -1000
         return torch.from_numpy(drawn).float(), spread
