@@ -66,6 +66,7 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     # ---- life
 
     def setup(self) -> None:
+        from M4oESegmentationLib import Worker
         from M4oETrainingLib.Curves import Layout
         from M4oETrainingLib.Data import DataTable
 
@@ -80,6 +81,7 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             ui.modalitySelector.addItem(text, value)
         for name in ("auto", "cuda", "mps", "cpu"):
             ui.deviceSelector.addItem(_("Automatic") if name == "auto" else name, name)
+        ui.deviceSelector.currentIndex = max(0, ui.deviceSelector.findData(Worker.setting("trainingDevice", "auto")))
         ui.plotSelector.addItem(_("Loss"), "loss")
         ui.plotSelector.addItem(_("Dice per structure"), "dice")
         self._timer = qt.QTimer()
@@ -99,6 +101,7 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.plotSelector.connect("activated(int)", self.onPlot)
         ui.modalitySelector.connect("activated(int)", self.onChoice)
         ui.baseModelSelector.connect("activated(int)", self.onChoice)
+        ui.deviceSelector.connect("activated(int)", self.onDevice)
         ui.runSelector.connect("activated(int)", self.onRunChosen)
         scene = slicer.mrmlScene
         self.addObserver(scene, scene.StartCloseEvent, self.onSceneStartClose)
@@ -169,18 +172,23 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self.parameters is None:
             return
         ui, chosen = self.ui, self.parameters
-        text = Runs.stages(chosen.preset.value, chosen.length)
+        text = Runs.stages(chosen)
         ui.stagesLabel.text = _("Stages and steps: {stages}").format(stages=text)
         ui.pythonLabel.text = _("Runs in: {place} (M4oE Segmentation, Advanced)").format(
             place=Worker.labels()[Worker.place()]
         )
         ui.modalitySelector.currentIndex = max(0, ui.modalitySelector.findData(chosen.modality))
-        for widget in (ui.nameEdit, ui.pretrainSpinBox, ui.synthesiseCheckBox):
+        for widget in (ui.pretrainSpinBox, ui.synthesiseCheckBox):
             widget.enabled = not chosen.baseModel
 
     def onChoice(self, index: int = 0) -> None:
         self.parameters.modality = self.ui.modalitySelector.currentData
         self.parameters.baseModel = self.ui.baseModelSelector.currentData
+
+    def onDevice(self, index: int = 0) -> None:
+        from M4oESegmentationLib import Worker
+
+        Worker.setSetting("trainingDevice", self.ui.deviceSelector.currentData)
 
     def _showModels(self) -> None:
         """Fills the boxes with the installed models, and the run's own to score."""
@@ -274,9 +282,7 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _command(self, *more: str) -> list[str]:
         from M4oETrainingLib import Runs
 
-        return Runs.command(
-            self.parameters, self.ui.deviceSelector.currentData, self.ui.synthesiseCheckBox.checked, *more
-        )
+        return Runs.command(self.parameters, self.ui.deviceSelector.currentData, *more)
 
     def _start(self, folder: str, command: list[str]) -> None:
         from m4oe.training_run import start_run
@@ -295,7 +301,7 @@ class M4oETrainingWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         chosen = chosen or box.currentData or ""
         box.clear()
         for folder in Runs.known():
-            box.addItem(folder, folder)
+            box.addItem(_("{name} in {folder}").format(name=Path(folder).name, folder=Path(folder).parent), folder)
         box.currentIndex = max(0, box.findData(chosen)) if box.count else -1
         self.onRunChosen()
 

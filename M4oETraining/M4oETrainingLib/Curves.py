@@ -21,8 +21,15 @@ class Curves:
         chart: Its node; None while it is not shown or when the scene was closed.
     """
 
-    def __init__(self, title: str, yTitle: str) -> None:
-        self._title, self._yTitle = title, yTitle
+    def __init__(self, title: str, yTitle: str, marked: bool = False) -> None:
+        """Starts without values.
+
+        Args:
+            title: Of the chart.
+            yTitle: Of its values.
+            marked: Whether each value gets a dot; of many values the dots would hide the curve.
+        """
+        self._title, self._yTitle, self._marked = title, yTitle, marked
         self._rows: list[tuple[float, dict[str, float]]] = []
         self._written = 0
         self._table: Any = None
@@ -89,6 +96,7 @@ class Curves:
         series.SetXColumnName(_STEP)
         series.SetYColumnName(name)
         series.SetPlotType(series.PlotTypeScatter)
+        series.SetMarkerStyle(series.MarkerStyleCircle if self._marked else series.MarkerStyleNone)
         series.SetUniqueColor()
         self._series[name] = series
         self.chart.AddAndObservePlotSeriesNodeID(series.GetID())

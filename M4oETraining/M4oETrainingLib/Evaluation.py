@@ -53,12 +53,17 @@ class Evaluation:
         self._commands = [[*score, *(["--labels", meanings] if meanings else [])]]
         self._process = Process(Worker.command(*segment), Worker.environment())
         self.sentence, self.error = _("Segmenting the cases"), None
+        self._stopped = False
         self.scores: dict[str, float] = {}
+        self._chart: Any = None
 
     def poll(self) -> bool:
         """Goes on; whether all is done."""
         if not self._process.done():
             return False
+        if self._stopped:
+            self.error = _("Stopped")
+            return True
         summary = self._folder / "scores" / "summary.json"
         if self._process.code not in (0, 1) or not (self._commands or summary.exists()):
             self.error = "\n".join([line for line in self._process.tail if line.strip()][-6:])
@@ -71,6 +76,7 @@ class Evaluation:
         return True
 
     def stop(self) -> None:
+        self._stopped = True
         self._process.stop()
 
     def fill(self, table: Any) -> None:
@@ -91,24 +97,27 @@ class Evaluation:
 
     def plot(self) -> None:
         """Shows the mean Dice of each structure as bars in Slicer's plot view."""
+        if self._chart is None or self._chart.GetScene() is not slicer.mrmlScene:
+            self._chart = self._newChart()
+        slicer.modules.plots.logic().ShowChartInLayout(self._chart)
+
+    def _newChart(self) -> Any:
+        """A chart with a series per structure, as the plot view names series in its legend but no bar below it."""
         add = slicer.mrmlScene.AddNewNodeByClass
-        table, series, chart = add("vtkMRMLTableNode"), add("vtkMRMLPlotSeriesNode"), add("vtkMRMLPlotChartNode")
-        names, values = vtk.vtkStringArray(), vtk.vtkDoubleArray()
-        names.SetName("structure")
-        values.SetName("Dice")
+        table, chart = add("vtkMRMLTableNode", _("Scores")), add("vtkMRMLPlotChartNode", _("Evaluation"))
         for name, dice in self.scores.items():
-            names.InsertNextValue(name)
-            values.InsertNextValue(dice)
-        for node, name in ((table, _("Scores")), (series, "Dice"), (chart, _("Evaluation"))):
-            node.SetName(name)
-        table.AddColumn(names)
-        table.AddColumn(values)
-        series.SetAndObserveTableNodeID(table.GetID())
-        series.SetPlotType(series.PlotTypeBar)
-        series.SetLabelColumnName("structure")
-        series.SetYColumnName("Dice")
-        series.SetUniqueColor()
+            column = vtk.vtkDoubleArray()
+            column.SetName(name)
+            column.InsertNextValue(dice)
+            table.AddColumn(column)
+            series = add("vtkMRMLPlotSeriesNode", name)
+            series.SetAndObserveTableNodeID(table.GetID())
+            series.SetPlotType(series.PlotTypeBar)
+            series.SetYColumnName(name)
+            series.SetUniqueColor()
+            chart.AddAndObservePlotSeriesNodeID(series.GetID())
         chart.SetTitle(_("Evaluation"))
         chart.SetYAxisTitle(_("Dice"))
-        chart.AddAndObservePlotSeriesNodeID(series.GetID())
-        slicer.modules.plots.logic().ShowChartInLayout(chart)
+        chart.SetXAxisRangeAuto(False)
+        chart.SetXAxisRange(-0.5, 1.0)  # the bars stand around 0, the legend beside them
+        return chart

@@ -44,7 +44,7 @@ def stateLabel(run: Run, state: str) -> str:
     }[state]
 
 
-def command(parameters: Any, device: str, synthesise: bool = False, *more: str) -> list[str]:
+def command(parameters: Any, device: str, *more: str) -> list[str]:
     """The command of a training with these choices.
 
     Raises:
@@ -59,24 +59,27 @@ def command(parameters: Any, device: str, synthesise: bool = False, *more: str) 
         raise ValueError(_("A training runs on this machine. Choose another place in M4oE Segmentation, Advanced."))
     words = ["train", *parameters.folders, *Data.options(parameters), "-o", folder, "--device", device, "--json"]
     words += ["--quick"] if parameters.preset.value == "quick" else ["--preset", parameters.preset.value]
-    words += ["--length", f"{parameters.length:g}"]
+    words += ["--length", f"{parameters.length:g}", "--name", parameters.name.strip() or "m4oe"]
     if parameters.baseModel:
         if not parameters.expert.strip():
             raise ValueError(_("Name the expert that the model gets, such as mr_t2."))
         words += ["--add-modality", parameters.expert.strip(), "--model", parameters.baseModel]
     else:
-        words += ["--name", parameters.name.strip() or "m4oe"]
         words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
-        words += ["--synthesise"] if synthesise else []
+        words += ["--synthesise"] if parameters.synthesise else []
     return Worker.command(*words, *more)
 
 
-def stages(preset: str, length: float) -> str:
-    """The stages of a preset and their steps, for people."""
+def stages(parameters: Any) -> str:
+    """The stages of a training with these choices and their steps, for people."""
     from m4oe.training import config
 
-    chosen = {"quick": config.QUICK, "small": config.SMALL, "full": config.FULL}[preset]
-    return ", ".join(f"{stage.name} {max(1, round(stage.steps * length)):,}" for stage in chosen.stages)
+    chosen = {"quick": config.QUICK, "small": config.SMALL, "full": config.FULL}[parameters.preset.value]
+    stages = config.addition_stages(chosen.stages) if parameters.baseModel else chosen.stages
+    steps = [(stage.name, max(1, round(stage.steps * parameters.length))) for stage in stages]
+    if parameters.pretrain and not parameters.baseModel:
+        steps = [("pretrain", parameters.pretrain), *steps]
+    return ", ".join(f"{name} {count:,}" for name, count in steps)
 
 
 def duration(seconds: float) -> str:

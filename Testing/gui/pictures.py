@@ -59,10 +59,12 @@ def photograph(panel: Any, path: Path, sections: list[str]) -> None:
 def views(segmentation: Any, volume: Any, folder: Path) -> None:
     """The result in two planes and in 3D."""
     segmentation.CreateClosedSurfaceRepresentation()
-    axial = SliceView(volume, "Red", "Axial")
+    axial = SliceView("Red")
+    axial.show(volume, "Axial")
     axial.logic.SetSliceOffset(segmentation.GetSegmentCenterRAS("liver")[2])
     axial.save(folder / "result-axial.png")
-    coronal = SliceView(volume, "Green", "Coronal")
+    coronal = SliceView("Green")
+    coronal.show(volume, "Coronal")
     coronal.logic.SetSliceOffset(segmentation.GetSegmentCenterRAS("liver")[1])
     coronal.save(folder / "result-coronal.png")
     surfaces = ThreeDView("1")
