@@ -31,9 +31,10 @@ class DataTable:
         self._table = table
         table.setColumnCount(4)
         table.setHorizontalHeaderLabels([_("Data set"), _("Cases"), _("Structures"), _("Warnings")])
-        for column, width in enumerate((110, 50, 120)):
+        for column, width in enumerate((110, 50)):
             table.setColumnWidth(column, width)
-        table.horizontalHeader().setStretchLastSection(True)
+        table.horizontalHeader().setSectionResizeMode(2, qt.QHeaderView.Stretch)
+        table.verticalHeader().setVisible(False)
         self._waiting: list[tuple[str, list[str]]] = []
         self._process: Process | None = None
         self._result = Path()

@@ -196,7 +196,7 @@ def test_an_expert_is_added_to_an_installed_model(
     pick(ui.baseModelSelector, "tiny")
     assert ui.stagesLabel.text == "Stages and steps: add 1, add 1" and not ui.synthesiseCheckBox.enabled
     ui.startButton.click()
-    assert "Name the expert that the model gets" in dialogs.errors.pop()
+    assert "Name the expert that the model gets" in dialogs.errors[-1]
     ui.expertEdit.text = "mr_t2"
     ui.startButton.click()
     settle(state(panel, "finished", "failed"), 600)
@@ -208,7 +208,7 @@ def test_an_expert_is_added_to_an_installed_model(
     ui.reportButton.click()
     assert "Training of mine" in Path(opened[0].toLocalFile()).read_text(encoding="utf-8")
     ui.useModelButton.click()
-    assert dialogs.errors == [] and ui.baseModelSelector.findText("mine") > 0
+    assert len(dialogs.errors) == 1 and ui.baseModelSelector.findText("mine") > 0
 
 
 def test_synthetic_images_are_shown_before_validation_is(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
@@ -244,14 +244,6 @@ def test_a_run_whose_data_are_gone_says_what_it_did_not_score(panel: Any, data: 
     assert [line.partition(": There is no file")[0] for line in lines[1:]] == ["Left out: data/a1", "Left out: data/a2"]
 
 
-def test_a_folder_that_is_no_data_set_fails_with_the_reason(panel: Any, data: Path, tmp_path: Path) -> None:
-    choose(panel, tmp_path, tmp_path / "run")
-    panel.parameters.folders = [str(tmp_path / "nothing")]
-    panel.ui.startButton.click()
-    settle(state(panel, "failed"), 600)
-    assert panel.ui.statusLabel.text.startswith("Failed: m4oe: error:")
-
-
 def test_the_open_scene_becomes_a_data_set(panel: Any, tmp_path: Path, dialogs: Any) -> None:
     image, labels = a_case(1)
     volume = slicer.util.addVolumeFromArray(image.array, ijkToRAS=AFFINE, name="Patient 1")
@@ -282,7 +274,7 @@ def test_a_chosen_model_is_evaluated_on_chosen_cases(
 ) -> None:
     ui, truth = panel.ui, tmp_path / "truth"
     ui.evaluateButton.click()
-    assert "Choose the folder of the volumes" in dialogs.errors.pop()
+    assert "Choose the folder of the volumes" in dialogs.errors[-1]
     truth.mkdir()
     (data / "a2_label.nii.gz").rename(truth / "a2.nii.gz")
     (truth / "labels.csv").write_text("label,name\n1,liver\n2,spleen", encoding="utf-8")
@@ -301,7 +293,7 @@ def test_a_chosen_model_is_evaluated_on_chosen_cases(
     ui.evaluateButton.click()
     ui.evaluationStopButton.click()
     settle(lambda: panel._evaluation is None, 600)
-    assert ui.evaluationLabel.text == "Stopped" and dialogs.errors == []
+    assert ui.evaluationLabel.text == "Stopped" and len(dialogs.errors) == 1
 
 
 def test_the_choices_stay_with_the_scene(panel: Any, data: Path, tmp_path: Path, scene: Any) -> None:
