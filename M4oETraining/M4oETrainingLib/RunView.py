@@ -22,7 +22,7 @@ class RunView:
 
     Attributes:
         run: The run.
-        state: As `Run.state` said at the last look.
+        state: As `Run.state` said at the last look; "" where it could not be read.
         curves: Loss, and Dice per structure.
     """
 
@@ -55,9 +55,14 @@ class RunView:
     def poll(self) -> bool:
         """Shows what is new; whether it has just finished."""
         before = self.state
-        self.run.enforce()
-        self.state = self.run.state()
-        events, self._offset = self.run.events_since(self._offset)
+        try:
+            self.run.enforce()
+            self.state = self.run.state()
+            events, self._offset = self.run.events_since(self._offset)
+        except (ValueError, OSError) as error:  # its folder was deleted, or is on a drive that is away
+            self.state = ""
+            self._ui.statusLabel.text = _("The run cannot be read: {error}").format(error=error)
+            return False
         for event in events:
             self._take(event)
         for curves in self.curves.values():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from m4oe.training_run import Run
 from M4oESegmentationLib import Worker
+from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
 
 from . import Data
@@ -15,20 +15,38 @@ from . import Data
 
 def known() -> list[str]:
     """Folders of the runs that were started here and are still there, the newest first."""
-    try:
-        folders = json.loads(Worker.setting("runs", "[]"))
-    except ValueError:
-        return []
-    return [folder for folder in folders if isinstance(folder, str) and Path(folder, "run.json").exists()]
+    return [folder for folder in _listed() if _isRun(folder)]
 
 
 def remember(folder: str) -> None:
-    Worker.setSetting("runs", json.dumps([folder, *(other for other in known() if other != folder)]))
+    """Puts a run before the others."""
+    _list([folder, *(other for other in _listed() if other != folder)])
 
 
 def forget(folder: str) -> None:
     """Takes a run out of the list; its folder stays."""
-    Worker.setSetting("runs", json.dumps([other for other in known() if other != folder]))
+    _list([other for other in _listed() if other != folder])
+
+
+def _listed() -> list[str]:
+    """All runs in the settings, also those on a drive that is away."""
+    try:
+        folders = json.loads(Worker.setting("runs", "[]"))
+    except ValueError:
+        return []
+    return [folder for folder in folders if isinstance(folder, str)]
+
+
+def _list(folders: list[str]) -> None:
+    Worker.setSetting("runs", json.dumps(folders))
+
+
+def _isRun(folder: str) -> bool:
+    try:
+        Run(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def stateLabel(run: Run, state: str) -> str:
@@ -55,8 +73,6 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
         raise ValueError(_("Choose a folder for the training."))
     if not parameters.folders:
         raise ValueError(_("Add a data set first: a folder, or the open scene."))
-    if Worker.place() == Worker.SSH:
-        raise ValueError(_("A training runs on this machine. Choose another place in M4oE Segmentation, Advanced."))
     words = ["train", *parameters.folders, *Data.options(parameters), "-o", folder, "--device", device, "--json"]
     words += ["--quick"] if parameters.preset.value == "quick" else ["--preset", parameters.preset.value]
     words += ["--length", f"{parameters.length:g}", "--name", parameters.name.strip() or "m4oe"]
@@ -67,7 +83,23 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
     else:
         words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
         words += ["--synthesise"] if parameters.synthesise else []
-    return Worker.command(*words, *more)
+    return Worker.localCommand(*words, *more)
+
+
+def estimate(process: Process) -> str:
+    """What a training with --estimate has found, as a sentence.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    lines = [line for line in process.lines() if line.startswith('{"seconds"')]
+    if process.code or not lines:
+        raise RuntimeError(process.lastWords())
+    found = json.loads(lines[-1])
+    gpu = _(", {size:.1f} GiB on the GPU").format(size=found["gpu_mib"] / 1024) if found["gpu_mib"] else ""
+    return _("About {time}; memory {size:.1f} GiB{gpu}").format(
+        time=duration(found["seconds"]), size=found["memory_mib"] / 1024, gpu=gpu
+    )
 
 
 def stages(parameters: Any) -> str:

@@ -32,7 +32,7 @@ def main(source: str, target: str) -> None:
     panel.ui.applyButton.click()
     settle(lambda: panel.ui.statusLabel.text.startswith("Segmenting") and panel.ui.progressBar.value > 30, 300)
     photograph(panel, folder / "panel-running.png", ["inputs"])
-    settle(lambda: panel._run is None, 600)
+    settle(lambda: panel.runs.run is None, 600)
     photograph(panel, folder / "panel-result.png", ["results"])
     views(panel.parameters.result, node, folder)
     panel.ui.doctorButton.click()

@@ -290,7 +290,9 @@ def test_a_chosen_model_is_evaluated_on_chosen_cases(
     ui.evaluationPlotButton.click()
     chart = slicer.modules.plots.logic().shown
     assert [chart.GetNthPlotSeriesNode(number).GetName() for number in range(2)] == ["Liver", "Spleen"]
+    ui.evaluationFolderEdit.currentPath = str(tmp_path / "others")
     ui.evaluateButton.click()
+    settle(lambda: ui.evaluationStopButton.enabled)
     ui.evaluationStopButton.click()
     settle(lambda: panel._evaluation is None, 600)
     assert ui.evaluationLabel.text == "Stopped" and len(dialogs.errors) == 1
@@ -299,6 +301,7 @@ def test_a_chosen_model_is_evaluated_on_chosen_cases(
 def test_the_choices_stay_with_the_scene(panel: Any, data: Path, tmp_path: Path, scene: Any) -> None:
     choose(panel, data, tmp_path / "run", 2.5)
     panel.ui.synthesiseCheckBox.click()
+    settle(lambda: not panel._data.busy)
     folders = list(panel.parameters.folders)
     path = tmp_path / "scene.mrml"
     scene.SetURL(str(path))
@@ -309,6 +312,7 @@ def test_the_choices_stay_with_the_scene(panel: Any, data: Path, tmp_path: Path,
     scene.Connect()
     assert panel.parameters.folders == folders and panel.ui.lengthSpinBox.value == 2.5
     assert panel.ui.synthesiseCheckBox.checked
+    settle(lambda: not panel._data.busy)
 
 
 def test_the_device_stays_with_the_machine(panel: Any, open_panel: Callable[[str], Any]) -> None:

@@ -93,7 +93,9 @@ class ExtensionsManagerModel:
     def isExtensionInstalled(self, name: str) -> bool:
         return name in self.installed
 
-    def installExtensionFromServer(self, name: str, *arguments: Any) -> bool:
+    def installExtensionFromServer(self, name: str, restart: bool = True, update: bool = False) -> bool:
+        if restart:
+            raise AssertionError("Slicer would restart here, without asking for the scene")
         self.installed.append(name)
         return True
 
