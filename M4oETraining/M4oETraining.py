@@ -19,9 +19,10 @@ from slicer.ScriptedLoadableModule import (
     ScriptedLoadableModuleTest,
 )
 
-for _name, _place in (("m4oe", "Core"), ("M4oESegmentationLib", "M4oESegmentation")):
-    if importlib.util.find_spec(_name) is None:  # run from the source tree, not from an installed extension
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _place))
+if importlib.util.find_spec("m4oe") is None:  # run from the source tree, not from an installed extension
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "Core"))
+if importlib.util.find_spec("M4oESegmentationLib") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "M4oESegmentation"))
 
 from M4oESegmentationLib.Errors import errorsShown
 from M4oESegmentationLib.Panel import Panel
@@ -264,6 +265,8 @@ class M4oETrainingWidget(Panel):
         """Asks the processes, twice a second."""
         from M4oETrainingLib import Runs
 
+        if self.parameters is None:
+            return
         self._data.poll()
         if self._estimate is not None and self._estimate.done():
             process, self._estimate = self._estimate, None

@@ -62,6 +62,7 @@ class Process:
         with stream:
             for line in stream:
                 take(line.rstrip("\r\n"))
+        self._process.wait()  # also where nobody asks any more, so that none is left behind
 
     def lines(self) -> list[str]:
         """What it wrote to its standard output since the last call."""

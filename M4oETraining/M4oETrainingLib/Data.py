@@ -67,8 +67,6 @@ class DataSection:
 
     def poll(self) -> None:
         """Goes on with the scans."""
-        if self._parameters() is None:
-            return
         if self._process is None and self._waiting:
             self._start(self._waiting.pop(0))
         elif self._process is not None and self._process.done():

@@ -51,6 +51,8 @@ def _isRun(folder: str) -> bool:
 
 def stateLabel(run: Run, state: str) -> str:
     """The state for people."""
+    if state == "failed":
+        return _("Failed: {words}").format(words=run.last_words() or _("it was ended from outside"))
     return {
         "running": _("Running"),
         "pausing": _("Pausing: writes a checkpoint"),
@@ -58,7 +60,6 @@ def stateLabel(run: Run, state: str) -> str:
         "stopping": _("Stopping: writes a checkpoint"),
         "stopped": _("Stopped"),
         "finished": _("Finished"),
-        "failed": _("Failed: {words}").format(words=run.last_words() or _("it was ended from outside")),
     }[state]
 
 
