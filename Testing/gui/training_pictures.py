@@ -44,6 +44,7 @@ def main(source: str, target: str, length: float = 0.4) -> None:
         ui.plotButton.checked = False
         ui.plotButton.click()
         save_chart(slicer.modules.plots.logic().shown, folder / f"training-{name}.png")
+    ui.evaluationModelSelector.currentIndex = 0  # that of the run
     ui.evaluationImagesEdit.currentPath = ui.evaluationTruthEdit.currentPath = source
     ui.evaluationFolderEdit.currentPath = tempfile.mkdtemp(prefix="m4oe-")
     ui.evaluateButton.click()
