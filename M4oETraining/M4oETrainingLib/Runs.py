@@ -52,7 +52,8 @@ def _isRun(folder: str) -> bool:
 def stateLabel(run: Run, state: str) -> str:
     """The state for people."""
     if state == "failed":
-        return _("Failed: {words}").format(words=run.last_words() or _("it was ended from outside"))
+        words = run.last_words().removeprefix("m4oe: error: ") or _("it was ended from outside")
+        return _("Failed: {words}").format(words=words)
     return {
         "running": _("Running"),
         "pausing": _("Pausing: writes a checkpoint"),

@@ -228,7 +228,7 @@ def test_a_run_without_usable_labels_says_which_file_is_broken(panel: Any, data:
     choose(panel, data, tmp_path / "run")
     panel.ui.startButton.click()
     settle(state(panel, "failed", "finished"), 600)
-    assert panel.ui.statusLabel.text.startswith("Failed: m4oe: error: no labelled case is left for training")
+    assert panel.ui.statusLabel.text.startswith("Failed: no labelled case is left for training")
     assert "a0_label.nii.gz: it is not a NIfTI-1 file" in panel.ui.statusLabel.text
     assert panel.ui.resumeButton.enabled and not panel.ui.reportButton.enabled
 
