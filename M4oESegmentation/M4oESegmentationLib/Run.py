@@ -73,7 +73,7 @@ class Run:
         frames = range(self._sequence.GetNumberOfDataNodes()) if self._sequence else ()
         nodes = [self._sequence.GetNthDataNode(number) for number in frames] if self._sequence else [volumeNode]
         self._volumes = [volume_from_node(node) for node in nodes]
-        self._labels: list[Volume] = []
+        self._results: list[tuple[Volume, Report]] = []
         self._uncertainty: Any = None
         self._events = ("send", 0.0)
         self._started = time.monotonic()
@@ -93,11 +93,11 @@ class Run:
         if not self._job.done():
             return False
         try:
-            labels, self.report = self._job.result()
+            self._results.append(self._job.result())
+            self.report = self._results[-1][1]
             if self._cancelled:  # too late for the worker, not for the scene
                 raise Cancelled(_("cancelled"))
-            self._labels.append(labels)
-            if len(self._labels) < len(self._volumes):
+            if len(self._results) < len(self._volumes):
                 self._begin()
                 return False
             self._import()
@@ -126,7 +126,7 @@ class Run:
         text = names.get(phase, phase)
         if len(self._volumes) > 1:
             text = _("Frame {number} of {count}: {phase}").format(
-                number=len(self._labels) + 1, count=len(self._volumes), phase=text
+                number=len(self._results) + 1, count=len(self._volumes), phase=text
             )
         spent = time.monotonic() - self._started
         if phase == "segment" and fraction > 0 and spent > 1:
@@ -136,7 +136,7 @@ class Run:
     def _begin(self) -> None:
         import numpy as np
 
-        volume, choices = self._volumes[len(self._labels)], self._choices
+        volume, choices = self._volumes[len(self._results)], self._choices
         if choices.uncertainty:
             self._uncertainty = np.zeros(volume.array.shape, np.uint8)
         self._job = self._client.begin_segment(
@@ -165,13 +165,16 @@ class Run:
             raise
 
     def _show(self) -> None:
+        from m4oe.nodes import segmentation_to_node
+
         volumeNode, segmentationNode = self._volumeNode, self._segmentationNode
         if segmentationNode is None or segmentationNode.GetScene() is not slicer.mrmlScene:
             name = _("{volume} M4oE segmentation").format(volume=volumeNode.GetName())
             segmentationNode = self._add("vtkMRMLSegmentationNode", slicer.mrmlScene.GenerateUniqueName(name))
         frames = self._frames(segmentationNode) if self._sequence else None
-        for number, labels in enumerate(self._labels):
-            self._fill(segmentationNode, labels, volumeNode)
+        for number, (labels, report) in enumerate(self._results):
+            segmentation_to_node(labels, self._keys, segmentationNode, volumeNode, report.model)
+            setReport(segmentationNode, report)
             if frames is not None:
                 frames.SetDataNodeAtValue(segmentationNode, self._sequence.GetNthIndexValue(number))
         if frames is not None:
@@ -184,19 +187,13 @@ class Run:
         self._added.append(slicer.mrmlScene.AddNewNodeByClass(kind, name))
         return self._added[-1]
 
-    def _fill(self, segmentationNode: Any, labels: Volume, volumeNode: Any) -> None:
-        from m4oe.nodes import segmentation_to_node
-
-        segmentation_to_node(labels, self._keys, segmentationNode, volumeNode, self.report.model)
-        setReport(segmentationNode, self.report)
-
     def _showUncertainty(self, volumeNode: Any) -> None:
         from dataclasses import replace
 
         from m4oe.nodes import percent_to_node
 
         name = _("{volume} M4oE uncertainty").format(volume=volumeNode.GetName())
-        volume = replace(self._labels[-1], array=self._uncertainty, name=name)
+        volume = replace(self._results[-1][0], array=self._uncertainty, name=name)
         self.uncertaintyNode = percent_to_node(volume, volumeNode)
 
     def _frames(self, segmentationNode: Any) -> Any:

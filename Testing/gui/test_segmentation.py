@@ -79,11 +79,12 @@ def add_volume(shape: tuple[int, ...] = (12, 40, 40), name: str = "CT") -> Any:
 
 
 def add_frames(count: int) -> Any:
-    """A sequence of volumes; gives back the node that shows its frames."""
+    """A sequence of volumes, each brighter by 1; gives back the node that shows its frames."""
     proxy = add_volume()
     frames = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", "frames")
     for number in range(count):
         frames.SetDataNodeAtValue(proxy, str(number))
+        slicer.util.arrayFromVolume(proxy)[...] += 1
     browser = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", "browser")
     browser.SetAndObserveMasterSequenceNodeID(frames.GetID())
     browser.AddProxyNode(proxy, frames, False)
@@ -211,7 +212,9 @@ def test_the_result_lies_in_the_study_of_its_volume(panel: Any) -> None:
     assert tree.GetItemParent(tree.GetItemByDataNode(node)) == study
 
 
-def test_all_frames_become_a_sequence(panel: Any) -> None:
+def test_all_frames_become_a_sequence_with_a_report_each(panel: Any) -> None:
+    from M4oESegmentationLib.Reports import reportOf
+
     proxy = add_frames(3)
     panel.ui.inputSelector.setCurrentNode(proxy)
     assert panel.ui.allFramesCheckBox.visible or not panel.parent.visible
@@ -220,6 +223,8 @@ def test_all_frames_become_a_sequence(panel: Any) -> None:
     result = [node for node in slicer.util.getNodesByClass("vtkMRMLSequenceNode") if node.GetName() != "frames"]
     assert [node.GetNumberOfDataNodes() for node in result] == [3]
     assert ids(result[0].GetNthDataNode(2)) == set(STRUCTURES)
+    reports = [reportOf(result[0].GetNthDataNode(number)) for number in range(3)]
+    assert len({report.intensities["liver"] for report in reports}) == 3
 
 
 def test_frames_wanted_of_another_volume_do_not_count(panel: Any) -> None:
