@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         segment(options)
     except ImportError as error:
-        print(f"{error}. Install PyTorch with the extension PyTorch, and M4oE's packages.", file=sys.stderr)
+        print(f"{error}. Open M4oE Segmentation and press Install under Installation and doctor.", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print(error, file=sys.stderr)

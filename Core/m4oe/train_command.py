@@ -81,7 +81,7 @@ def _train(options: argparse.Namespace) -> int:
             print(json.dumps(estimate(job.config, job.data, device, job.start)))
             return 0
         if job.data.atlases and ranks.rank == 0:
-            _write_synthesis(options.output / "synthesis.png", job, emit)
+            _write_synthesis(options.output / "synthesis.png", job, logged)
         try:
             model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
         except Cancelled as pause:

@@ -19,7 +19,7 @@ from .Errors import errorsShown
 from .Process import Process
 from .Run import Choices
 
-FORMATS = {"seg.nrrd": "Segmentation (.seg.nrrd)", "nii.gz": "NIfTI (.nii.gz)", "dcm": "DICOM SEG (.dcm)"}
+FORMATS = {"seg.nrrd": _("Segmentation (.seg.nrrd)"), "nii.gz": "NIfTI (.nii.gz)", "dcm": "DICOM SEG (.dcm)"}
 
 
 class Batch:
@@ -50,14 +50,11 @@ class Batch:
             raise ValueError(_("Choose a folder of volumes or a table (.csv) as the input of the batch."))
         if not folder:
             raise ValueError(_("Choose a folder for the results of the batch."))
-        if Worker.place() == Worker.SSH:
-            raise ValueError(
-                _("A batch runs on this machine, where the files are. Choose another place under Advanced.")
-            )
         words = ["segment", source, "-o", folder, "--format", fileFormat, "--json", "--resume"]
         words += ["--model", choices.model, "--expert", choices.expert, "--device", choices.device]
         words += ["--quality", choices.quality, "--structures", ",".join(choices.structures)]
-        self._process = Process(Worker.command(*words, *(["--preview"] if pictures else [])), Worker.environment())
+        words += ["--preview"] if pictures else []
+        self._process = Process(Worker.localCommand(*words), Worker.environment())
         self._table = table
         table.setRowCount(0)
         table.setColumnCount(2)
@@ -77,10 +74,10 @@ class Batch:
                 event = json.loads(line)
             except ValueError:
                 continue
-            self._show(event)
+            if isinstance(event, dict):
+                self._show(event)
         if ended and self._process.code not in (0, 1):
-            words = [text for text in self._process.tail if text.strip()]
-            self.error = "\n".join(words[-8:]) or _("The batch ended with code {code}.").format(code=self._process.code)
+            self.error = self._process.lastWords()
         return ended
 
     def stop(self) -> None:

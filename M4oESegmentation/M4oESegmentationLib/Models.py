@@ -1,15 +1,20 @@
-"""The installed models: listed and described by their headers alone, imported, shown in their folder."""
+"""The installed models, listed and described by their headers alone, and the panel's part that offers them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import qt
 from slicer.i18n import tr as _
+
+from .Errors import errorsShown
+from .Structures import StructureList
 
 
 def installedModels() -> dict[str, Any]:
@@ -91,3 +96,83 @@ def importModel(path: str, name: str = "") -> str:
     finally:
         new.unlink(missing_ok=True)
     return str(target)
+
+
+class ModelSection:
+    """The panel's part for the model, its expert and its structures.
+
+    Attributes:
+        specs: Of the installed models, by path.
+        structures: The list of structures.
+    """
+
+    def __init__(self, ui: Any, parameters: Callable[[], Any], changed: Callable[[], None]) -> None:
+        """Connects the widgets.
+
+        Args:
+            ui: The panel's widgets.
+            parameters: Gives the panel's parameters, which keep what is chosen.
+            changed: Called when something else is shown.
+        """
+        self._ui, self._parameters, self._changed = ui, parameters, changed
+        self.specs: dict[str, Any] = {}
+        self.structures = StructureList(
+            ui.structureList, ui.structureSearchBox, ui.presetSelector, self._keepStructures
+        )
+        ui.modelSelector.connect("activated(int)", self._keepModel)
+        ui.expertSelector.connect("activated(int)", self._keepExpert)
+        ui.importModelButton.connect("clicked()", self._import)
+        ui.showModelsButton.connect("clicked()", self._showFolder)
+
+    @property
+    def model(self) -> str:
+        """Path of the chosen model, or ""."""
+        return self._ui.modelSelector.currentData or ""
+
+    @property
+    def expert(self) -> str:
+        """Name of the chosen expert, or "auto"."""
+        return self._ui.expertSelector.currentData or "auto"
+
+    def show(self) -> None:
+        """Lists the installed models, and chooses the one of the parameters or the first."""
+        self.specs, selector = installedModels(), self._ui.modelSelector
+        selector.clear()
+        for path, spec in self.specs.items():
+            selector.addItem(f"{spec.name} {spec.version}", path)
+        selector.currentIndex = max(0, selector.findData(self._parameters().model))
+        self._showModel()
+
+    def _showModel(self) -> None:
+        spec, parameters, selector = self.specs.get(self.model), self._parameters(), self._ui.expertSelector
+        self._ui.modelInfoLabel.text = describe(spec)
+        selector.clear()
+        selector.addItem(_("Automatic"), "auto")
+        for expert in spec.experts if spec else ():
+            selector.addItem(expert.name, expert.name)
+        selector.currentIndex = max(0, selector.findData(parameters.expert))
+        self.structures.show(spec.structures if spec else (), parameters.excludedStructures)
+        self._changed()
+
+    def _keepModel(self, index: int) -> None:
+        self._parameters().model = self.model
+        self._parameters().expert = "auto"
+        self._showModel()
+
+    def _keepExpert(self, index: int) -> None:
+        self._parameters().expert = self.expert
+
+    def _keepStructures(self) -> None:
+        self._parameters().excludedStructures = self.structures.excluded()
+        self._changed()
+
+    def _import(self) -> None:
+        path = qt.QFileDialog.getOpenFileName(None, _("Import a model"), "", _("Models (*.safetensors)"))
+        if path:
+            with errorsShown(_("The model was not imported.")):
+                self._parameters().model = importModel(path)
+                self.show()
+
+    def _showFolder(self) -> None:
+        with errorsShown(_("The folder of models cannot be shown.")):
+            qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(modelFolder()))

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from typing import IO
 
-_TAIL = 30  # lines of its last words
+from slicer.i18n import tr as _
+
+_TAIL, _LAST = 30, 8  # lines kept of its standard error, and shown of them when it has failed
 
 
 class Process:
@@ -41,7 +44,11 @@ class Process:
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         except OSError as error:
-            raise ValueError(f"{command[0]} cannot be started: {error.strerror}. Choose another Python.") from error
+            raise ValueError(
+                _("{program} cannot be started: {error}. Choose another Python.").format(
+                    program=command[0], error=error.strerror
+                )
+            ) from error
         self._lines: SimpleQueue[str] = SimpleQueue()
         self.tail: deque[str] = deque(maxlen=_TAIL)
         self._readers = [
@@ -51,10 +58,11 @@ class Process:
         for reader in self._readers:
             reader.start()
 
-    def _read(self, stream: object, take: object) -> None:
+    def _read(self, stream: IO[str], take: Callable[[str], object]) -> None:
         with stream:
             for line in stream:
                 take(line.rstrip("\r\n"))
+        self._process.wait()  # also where nobody asks any more, so that none is left behind
 
     def lines(self) -> list[str]:
         """What it wrote to its standard output since the last call."""
@@ -73,12 +81,20 @@ class Process:
         """Its exit code."""
         return self._process.returncode
 
+    def lastWords(self) -> str:
+        """Why it failed: the end of what it wrote to its standard error."""
+        words = [line for line in self.tail if line.strip()][-_LAST:]
+        return "\n".join(words) or _("It ended with code {code}.").format(code=self.code)
+
     def stop(self) -> None:
         """Asks it to end; what it wrote stays whole."""
         with suppress(OSError):
             if sys.platform == "win32":
                 subprocess.run(
-                    ["taskkill", "/T", "/F", "/PID", str(self._process.pid)], capture_output=True, check=False
+                    ["taskkill", "/T", "/F", "/PID", str(self._process.pid)],
+                    capture_output=True,
+                    check=False,
+                    creationflags=subprocess.CREATE_NO_WINDOW,
                 )
-            else:
+            elif self._process.poll() is None:  # its number may be another's by now
                 os.killpg(self._process.pid, signal.SIGTERM)

@@ -14,7 +14,7 @@ import slicer.util
 from slicer.i18n import tr as _
 
 from .Errors import errorsShown
-from .Run import reportOf
+from .Reports import reportOf
 
 if TYPE_CHECKING:
     from m4oe.jobs import Report
@@ -38,7 +38,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
     for key, volume in sorted(report.volumes_ml.items(), key=lambda item: -item[1]):
         mean, deviation = report.intensities.get(key, (float("nan"), float("nan")))
         sure = f"{report.confidence[key]:.0%}" if key in report.confidence else ""
-        check = ", ".join(words[flag] for flag in report.flags.get(key, ()))
+        check = ", ".join(words.get(flag, flag) for flag in report.flags.get(key, ()))
         table.append((structure(key).name, f"{volume:.2f}", f"{mean:.1f}", f"{deviation:.1f}", sure, check))
     return table
 
@@ -149,7 +149,13 @@ def saveAsDicom(segmentationNode: Any, volumeNode: Any) -> None:
     if segmentationNode.GetSegmentation().GetNumberOfSegments() == 0:
         raise ValueError(_("The segmentation is empty; there is nothing to save."))
     from DICOMLib import DICOMUtils
-    from DICOMSegmentationPlugin import DICOMSegmentationPluginClass
+
+    try:
+        from DICOMSegmentationPlugin import DICOMSegmentationPluginClass
+    except ImportError as error:  # before Slicer 5.12
+        raise RuntimeError(
+            _("This Slicer writes no DICOM SEG. Install its extension QuantitativeReporting, or a newer Slicer.")
+        ) from error
 
     tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
     plugin = DICOMSegmentationPluginClass()
@@ -178,8 +184,9 @@ class ResultsSection:
     def show(self) -> None:
         ui, node = self._ui, self._result()
         report = reportOf(node)
-        ui.resultsCollapsibleButton.enabled = report is not None
-        ui.resultsCollapsibleButton.collapsed = report is None
+        if ui.resultsCollapsibleButton.enabled != (report is not None):  # else it stays as the user left it
+            ui.resultsCollapsibleButton.enabled = report is not None
+            ui.resultsCollapsibleButton.collapsed = report is None
         ui.show3DButton.setSegmentationNode(node)
         if report is None:
             ui.resultsTable.setRowCount(0)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import base64
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import slicer
+import slicer.util
 from slicer.i18n import tr as _
+
+from .Errors import errorsShown
+from .Reports import setReport
 
 if TYPE_CHECKING:
     from m4oe.client import Client
     from m4oe.geometry import Volume
     from m4oe.jobs import Report
-
-_REPORT = "M4oE.report"  # attribute of a segmentation node with its report: JSON in base64, as MRML ends values at ":"
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ class Run:
         if segmentationNode is not None:
             check_segmentation_node(segmentationNode, volumeNode, self._keys.values())
         self._client, self._choices = client, choices
-        self._ids = (volumeNode.GetID(), segmentationNode.GetID() if segmentationNode is not None else "")
+        self._volumeNode, self._segmentationNode = volumeNode, segmentationNode
+        self._added: list[Any] = []
+        self._cancelled = False
         self._sequence = framesOf(volumeNode) if choices.allFrames else None
         frames = range(self._sequence.GetNumberOfDataNodes()) if self._sequence else ()
         nodes = [self._sequence.GetNthDataNode(number) for number in frames] if self._sequence else [volumeNode]
         self._volumes = [volume_from_node(node) for node in nodes]
-        self._labels: list[Volume] = []
+        self._results: list[tuple[Volume, Report]] = []
         self._uncertainty: Any = None
         self._events = ("send", 0.0)
         self._started = time.monotonic()
@@ -80,6 +84,8 @@ class Run:
 
     def poll(self) -> bool:
         """Goes on, without waiting; whether all is done."""
+        from m4oe.jobs import Cancelled
+
         for event in self._job.events():
             if event.phase != self._events[0]:
                 self._started = time.monotonic()
@@ -87,24 +93,29 @@ class Run:
         if not self._job.done():
             return False
         try:
-            labels, self.report = self._job.result()
-            self._labels.append(labels)
-            if len(self._labels) < len(self._volumes):
+            self._results.append(self._job.result())
+            self.report = self._results[-1][1]
+            if self._cancelled:  # too late for the worker, not for the scene
+                raise Cancelled(_("cancelled"))
+            if len(self._results) < len(self._volumes):
                 self._begin()
                 return False
             self._import()
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, the run has ended
             self.error = error
         self._volumes.clear()
         return True
 
     def cancel(self) -> None:
         """Stops the run; `poll` says within a second or two that it is done."""
+        self._cancelled = True
         self._job.cancel()
 
     def progress(self) -> tuple[float, str]:
         """The fraction done of the phase, and a sentence with the phase and, where it can be told, the time left."""
         phase, fraction = self._events
+        if self._cancelled:
+            return fraction, _("Cancelling")
         names = {
             "send": _("Sending the volume"),
             "load": _("Loading the model"),
@@ -115,7 +126,7 @@ class Run:
         text = names.get(phase, phase)
         if len(self._volumes) > 1:
             text = _("Frame {number} of {count}: {phase}").format(
-                number=len(self._labels) + 1, count=len(self._volumes), phase=text
+                number=len(self._results) + 1, count=len(self._volumes), phase=text
             )
         spent = time.monotonic() - self._started
         if phase == "segment" and fraction > 0 and spent > 1:
@@ -125,7 +136,7 @@ class Run:
     def _begin(self) -> None:
         import numpy as np
 
-        volume, choices = self._volumes[len(self._labels)], self._choices
+        volume, choices = self._volumes[len(self._results)], self._choices
         if choices.uncertainty:
             self._uncertainty = np.zeros(volume.array.shape, np.uint8)
         self._job = self._client.begin_segment(
@@ -144,30 +155,37 @@ class Run:
         Raises:
             ValueError: The volume is gone.
         """
-        volumeNode, segmentationNode = (slicer.mrmlScene.GetNodeByID(node) if node else None for node in self._ids)
-        if volumeNode is None:
+        if self._volumeNode.GetScene() is not slicer.mrmlScene:  # its ID may be another volume's by now
             raise ValueError(_("The volume was removed while it was being segmented; nothing was changed."))
-        if segmentationNode is None:
+        try:
+            self._show()
+        except Exception:
+            for node in self._added:
+                slicer.mrmlScene.RemoveNode(node)
+            raise
+
+    def _show(self) -> None:
+        from m4oe.nodes import segmentation_to_node
+
+        volumeNode, segmentationNode = self._volumeNode, self._segmentationNode
+        if segmentationNode is None or segmentationNode.GetScene() is not slicer.mrmlScene:
             name = _("{volume} M4oE segmentation").format(volume=volumeNode.GetName())
-            name = slicer.mrmlScene.GenerateUniqueName(name)
-            segmentationNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
-        frames = self._frames(volumeNode, segmentationNode) if self._sequence else None
-        for number, labels in enumerate(self._labels):
-            self._fill(segmentationNode, labels, volumeNode)
+            segmentationNode = self._add("vtkMRMLSegmentationNode", slicer.mrmlScene.GenerateUniqueName(name))
+        frames = self._frames(segmentationNode) if self._sequence else None
+        for number, (labels, report) in enumerate(self._results):
+            segmentation_to_node(labels, self._keys, segmentationNode, volumeNode, report.model)
+            setReport(segmentationNode, report)
             if frames is not None:
-                value = self._sequence.GetNthIndexValue(number)
-                frames.SetDataNodeAtValue(segmentationNode, value)
+                frames.SetDataNodeAtValue(segmentationNode, self._sequence.GetNthIndexValue(number))
         if frames is not None:
             _play(volumeNode, frames, segmentationNode)
         if self._uncertainty is not None and frames is None:
             self._showUncertainty(volumeNode)
         self.segmentationNode = segmentationNode
 
-    def _fill(self, segmentationNode: Any, labels: Volume, volumeNode: Any) -> None:
-        from m4oe.nodes import segmentation_to_node
-
-        segmentation_to_node(labels, self._keys, segmentationNode, volumeNode, self.report.model)
-        setReport(segmentationNode, self.report)
+    def _add(self, kind: str, name: str) -> Any:
+        self._added.append(slicer.mrmlScene.AddNewNodeByClass(kind, name))
+        return self._added[-1]
 
     def _showUncertainty(self, volumeNode: Any) -> None:
         from dataclasses import replace
@@ -175,27 +193,20 @@ class Run:
         from m4oe.nodes import percent_to_node
 
         name = _("{volume} M4oE uncertainty").format(volume=volumeNode.GetName())
-        volume = replace(self._labels[-1], array=self._uncertainty, name=name)
+        volume = replace(self._results[-1][0], array=self._uncertainty, name=name)
         self.uncertaintyNode = percent_to_node(volume, volumeNode)
 
-    def _frames(self, volumeNode: Any, segmentationNode: Any) -> Any:
-        frames = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", segmentationNode.GetName())
+    def _frames(self, segmentationNode: Any) -> Any:
+        frames = self._add("vtkMRMLSequenceNode", segmentationNode.GetName())
         for name in ("IndexName", "IndexUnit", "IndexType"):
             getattr(frames, f"Set{name}")(getattr(self._sequence, f"Get{name}")())
         return frames
 
 
-def setReport(segmentationNode: Any, report: Report) -> None:
-    """Keeps the report with the segmentation, also in saved scenes."""
-    segmentationNode.SetAttribute(_REPORT, base64.b64encode(report.to_json().encode()).decode())
-
-
-def reportOf(segmentationNode: Any) -> Report | None:
-    """The report of the run that made a segmentation; None where it is none of ours."""
-    from m4oe.jobs import Report
-
-    text = segmentationNode.GetAttribute(_REPORT) if segmentationNode is not None else None
-    return Report.from_json(base64.b64decode(text).decode()) if text else None
+def volumeNodes() -> list[Any]:
+    """The volumes of the scene that can be segmented; label maps and colour volumes are of classes derived from it."""
+    kind = "vtkMRMLScalarVolumeNode"
+    return [node for node in slicer.util.getNodesByClass(kind) if node.GetClassName() == kind]
 
 
 def framesOf(volumeNode: Any) -> Any:
@@ -217,3 +228,65 @@ def duration(seconds: float) -> str:
     """A time for people, such as "1 min 20 s"."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     return _("{minutes} min {seconds} s").format(minutes=minutes, seconds=rest) if minutes else f"{rest} s"
+
+
+class RunSection:
+    """The panel's part that segments one volume.
+
+    Attributes:
+        run: Under way, or None.
+    """
+
+    def __init__(
+        self, ui: Any, parameters: Callable[[], Any], start: Callable[[], Run], changed: Callable[[], None]
+    ) -> None:
+        """Connects the widgets.
+
+        Args:
+            ui: The panel's widgets.
+            parameters: Gives the panel's parameters, which keep the result.
+            start: Begins a run with what is chosen in the panel.
+            changed: Called when a run has begun or ended.
+        """
+        self._ui, self._parameters, self._start, self._changed = ui, parameters, start, changed
+        self.run: Run | None = None
+        ui.applyButton.connect("clicked()", self._apply)
+        ui.cancelButton.connect("clicked()", self.cancel)
+
+    def poll(self) -> bool:
+        """Shows how far it is; whether a run is under way."""
+        if self.run is None:
+            return False
+        fraction, sentence = self.run.progress()
+        self._ui.progressBar.value = round(100 * fraction)
+        self._ui.statusLabel.text = sentence
+        if self.run.poll():
+            self._end()
+        return self.run is not None
+
+    def cancel(self) -> None:
+        if self.run is not None:
+            self.run.cancel()
+
+    def _apply(self) -> None:
+        with errorsShown(_("The segmentation could not be started.")):
+            self.run = self._start()
+            self._changed()
+
+    def _end(self) -> None:
+        from m4oe.jobs import Cancelled
+
+        run, self.run = self.run, None
+        self._ui.progressBar.value = 0
+        if run.error is None:
+            self._ui.statusLabel.text = _("Done in {seconds:.0f} s on {device}.").format(
+                seconds=sum(run.report.seconds.values()), device=run.report.device
+            )
+            self._parameters().result = run.segmentationNode
+        elif isinstance(run.error, Cancelled):
+            self._ui.statusLabel.text = _("Cancelled; nothing was changed.")
+        else:
+            logging.error("M4oE: %s", run.error, exc_info=run.error)
+            self._ui.statusLabel.text = _("Failed; nothing was changed.")
+            slicer.util.errorDisplay(_("The segmentation failed.") + f"\n\n{run.error}")
+        self._changed()

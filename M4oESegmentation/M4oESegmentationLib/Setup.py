@@ -33,9 +33,9 @@ def importBundle(path: str) -> Process:
     """Starts the installation from a bundle.
 
     Raises:
-        ValueError: The worker's Python cannot be started.
+        ValueError: The worker's Python is on another machine, or cannot be started.
     """
-    return Process(Worker.command("bundle", "import", path), Worker.environment())
+    return Process(Worker.localCommand("bundle", "import", path), Worker.environment())
 
 
 def install() -> str:
@@ -67,7 +67,7 @@ def _hasPyTorch() -> bool:
 
 def _installExtension() -> str:
     manager = slicer.app.extensionsManagerModel()
-    if not manager.installExtensionFromServer(_PYTORCH):
+    if not manager.installExtensionFromServer(_PYTORCH, False):  # else Slicer restarts at once, and the scene is lost
         raise RuntimeError(
             _("The extension PyTorch could not be installed. Without a network, import a bundle instead.")
         )
@@ -83,7 +83,7 @@ def _installTorch() -> None:
     wanted = {"askConfirmation": False, "torchVersionRequirement": ">=2.7"}
     known = inspect.signature(logic.installTorch).parameters  # they have changed between versions
     if logic.installTorch(**{name: value for name, value in wanted.items() if name in known}) is None:
-        raise RuntimeError(_("PyTorch was not installed."))
+        raise RuntimeError(_("PyTorch was not installed. Press Install again, or import a bundle instead."))
 
 
 def _pipInstall(packages: list[str], constraints: Path) -> None:

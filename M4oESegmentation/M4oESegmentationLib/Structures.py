@@ -50,7 +50,8 @@ class StructureList:
         return tuple(key for key, wanted in zip(self._keys, states, strict=True) if wanted)
 
     def excluded(self) -> list[str]:
-        return [key for key in self._keys if key not in self.checked()]
+        checked = self.checked()
+        return [key for key in self._keys if key not in checked]
 
     def check(self, keys: Collection[str]) -> None:
         """Checks these, and no others."""

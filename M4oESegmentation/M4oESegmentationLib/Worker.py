@@ -71,6 +71,20 @@ def command(*words: str) -> list[str]:
     return ["ssh", "-o", "BatchMode=yes", setting("host", ""), "m4oe", *words]
 
 
+def localCommand(*words: str) -> list[str]:
+    """A command of m4oe that works with files of this machine.
+
+    Raises:
+        ValueError: The worker is on another machine, or no Python is named.
+    """
+    if place() == SSH:
+        raise ValueError(
+            _("This runs on this machine, where the files are. ")
+            + _("Choose another place in M4oE Segmentation, Advanced, Runs in.")
+        )
+    return command(*words)
+
+
 def newClient() -> Client:
     """A client of the worker that the settings name; nothing is started yet.
 
@@ -116,7 +130,9 @@ class WorkerSection:
         setSetting("host", ui.hostEdit.text.strip())
         self._changed()
 
-    def showState(self) -> None:
+    def showState(self, running: bool) -> None:
+        """Enables what can be used; `running` says whether the worker segments a volume."""
+        self._ui.refreshDevicesButton.enabled = self.job is None and not running
         where = self._ui.workerSelector.currentData
         self._ui.pythonPathEdit.enabled, self._ui.hostEdit.enabled = where == PYTHON, where == SSH
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import slicer
@@ -21,8 +22,15 @@ class Curves:
         chart: Its node; None while it is not shown or when the scene was closed.
     """
 
-    def __init__(self, title: str, yTitle: str) -> None:
-        self._title, self._yTitle = title, yTitle
+    def __init__(self, title: str, yTitle: str, marked: bool = False) -> None:
+        """Starts without values.
+
+        Args:
+            title: Of the chart.
+            yTitle: Of its values.
+            marked: Whether each value gets a dot; of many values the dots would hide the curve.
+        """
+        self._title, self._yTitle, self._marked = title, yTitle, marked
         self._rows: list[tuple[float, dict[str, float]]] = []
         self._written = 0
         self._table: Any = None
@@ -35,8 +43,9 @@ class Curves:
     def show(self) -> None:
         """Puts the chart into the layout; makes its nodes where they are missing."""
         if not self._alive():
+            self.remove()
             add = slicer.mrmlScene.AddNewNodeByClass
-            self._table, self._series, self._written = add("vtkMRMLTableNode", self._title), {}, 0
+            self._table, self._written = add("vtkMRMLTableNode", self._title), 0
             self.chart = add("vtkMRMLPlotChartNode", self._title)
             self.chart.SetTitle(self._title)
             self.chart.SetXAxisTitle(_("Step"))
@@ -56,10 +65,9 @@ class Curves:
 
     def remove(self) -> None:
         """Takes the nodes out of the scene."""
-        if self._alive():
-            for node in (self.chart, *self._series.values(), self._table):
-                slicer.mrmlScene.RemoveNode(node)
+        removeNodes([self.chart, *self._series.values(), self._table])
         self.chart = self._table = None
+        self._series = {}
 
     def _alive(self) -> bool:
         return all(node is not None and node.GetScene() is slicer.mrmlScene for node in (self.chart, self._table))
@@ -89,9 +97,17 @@ class Curves:
         series.SetXColumnName(_STEP)
         series.SetYColumnName(name)
         series.SetPlotType(series.PlotTypeScatter)
+        series.SetMarkerStyle(series.MarkerStyleCircle if self._marked else series.MarkerStyleNone)
         series.SetUniqueColor()
         self._series[name] = series
         self.chart.AddAndObservePlotSeriesNodeID(series.GetID())
+
+
+def removeNodes(nodes: Iterable[Any]) -> None:
+    """Takes those out of the scene that are in it."""
+    for node in nodes:
+        if node is not None and node.GetScene() is slicer.mrmlScene:
+            slicer.mrmlScene.RemoveNode(node)
 
 
 class Layout:

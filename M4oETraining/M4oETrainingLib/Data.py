@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import qt
+import slicer.util
 from m4oe.labels import structure
 from M4oESegmentationLib import Worker
+from M4oESegmentationLib.Errors import errorsShown
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
 
@@ -20,111 +25,170 @@ def options(parameters: Any) -> list[str]:
     return [word for name, value in pairs if value.strip() for word in (name, value.strip())]
 
 
-class DataTable:
-    """The folders, one by one scanned in the worker's Python. Ask `poll` from a timer.
+class DataSection:
+    """The panel's part for the data sets: folders, one by one scanned in the worker's Python."""
 
-    Attributes:
-        details: Findings of all folders, as text.
-    """
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
+    def __init__(self, ui: Any, parameters: Callable[[], Any]) -> None:
+        """Connects the widgets; `parameters` gives the panel's, which keep the folders."""
+        self._ui, self._parameters = ui, parameters
+        self._waiting: list[str] = []
+        self._process: Process | None = None
+        self._folder = ""  # that is being scanned
+        self._result = Path()
+        self._found: dict[str, _Scan] = {}
+        table = ui.dataTable
         table.setColumnCount(4)
         table.setHorizontalHeaderLabels([_("Data set"), _("Cases"), _("Structures"), _("Warnings")])
-        for column, width in enumerate((110, 50, 120)):
+        for column, width in enumerate((110, 50)):
             table.setColumnWidth(column, width)
-        table.horizontalHeader().setStretchLastSection(True)
-        self._waiting: list[tuple[str, list[str]]] = []
-        self._process: Process | None = None
-        self._result = Path()
-        self._folder = ""
-        self._found: dict[str, list[str]] = {}
+        table.horizontalHeader().setSectionResizeMode(2, qt.QHeaderView.Stretch)
+        table.verticalHeader().setVisible(False)
+        for text, value in ((_("As the files say"), ""), ("CT", "CT"), ("MR", "MR")):
+            ui.modalitySelector.addItem(text, value)
+        ui.modalitySelector.connect("activated(int)", self._keepModality)
+        ui.addFolderButton.connect("clicked()", self._addFolder)
+        ui.addSceneButton.connect("clicked()", self._addScene)
+        ui.checkAgainButton.connect("clicked()", self._checkAgain)
+        ui.removeDataButton.connect("clicked()", self._remove)
 
     @property
     def busy(self) -> bool:
         return bool(self._process or self._waiting)
 
-    @property
-    def details(self) -> str:
-        return "\n".join(line for lines in self._found.values() for line in lines)
+    def show(self) -> None:
+        """Lists the folders, and has those scanned that are new."""
+        folders = list(self._parameters().folders)
+        if self._folder not in folders:
+            self.stop()
+        self._found = {folder: scan for folder, scan in self._found.items() if folder in folders}
+        self._waiting = [folder for folder in folders if folder not in self._found and folder != self._folder]
+        self._fillTable(folders)
+        self._showFindings()
 
-    def show(self, folders: list[str], words: list[str]) -> None:
-        """Shows these folders and scans those that are new.
-
-        Args:
-            folders: Of data sets.
-            words: Options of the scan.
-        """
-        self._found = {folder: lines for folder, lines in self._found.items() if folder in folders}
-        self._table.setRowCount(len(folders))
-        for row, folder in enumerate(folders):
-            item = self._table.item(row, 0)
-            if item is not None and item.text() == folder:
-                continue
-            self._tell(row, [folder, "", _("waiting"), ""])
-            self._waiting = [task for task in self._waiting if task[0] != folder] + [(folder, words)]
-
-    def again(self, folders: list[str], words: list[str]) -> None:
-        """Scans all, as what the user says of them has changed."""
-        self._table.setRowCount(0)
-        self._found = {}
-        self.show(folders, words)
-
-    def poll(self) -> bool:
-        """Goes on; whether something new is shown.
-
-        Raises:
-            ValueError: The worker's Python cannot be started.
-        """
+    def poll(self) -> None:
+        """Goes on with the scans."""
         if self._process is None and self._waiting:
-            self._folder, words = self._waiting.pop(0)
-            self._result = Path(tempfile.mkdtemp(prefix="m4oe-"), "scan.json")
-            command = Worker.command("data", "scan", self._folder, "--json", str(self._result), *words)
-            self._process = Process(command, Worker.environment())
-            self._show(["...", _("is being checked"), ""])
-        if self._process is None or not self._process.done():
-            return False
-        process, self._process = self._process, None
-        try:
-            self._take(json.loads(self._result.read_text(encoding="utf-8"))["datasets"])
-        except OSError:
-            words_ = [line for line in process.tail if line.strip()]
-            self._found[self._folder] = [f"{self._folder}: {line}" for line in words_[-3:]]
-            self._show(["0", "", _("cannot be used")])
-        return True
+            self._start(self._waiting.pop(0))
+        elif self._process is not None and self._process.done():
+            self._take()
+        else:
+            return
+        self._fillTable(self._parameters().folders)
 
     def stop(self) -> None:
-        """Scans no more."""
-        self._waiting = []
+        """Ends the scan that is under way."""
         if self._process is not None:
             self._process.stop()
-            self._process = None
+            shutil.rmtree(self._result.parent, ignore_errors=True)
+        self._process, self._folder = None, ""
 
-    def _take(self, datasets: list[dict[str, Any]]) -> None:
-        cases = [case for dataset in datasets for case in dataset["cases"]]
-        findings = [finding for dataset in datasets for finding in dataset["findings"]]
-        counts: dict[str, int] = {}
-        for case in cases:
-            for key in case["volumes_ml"]:
-                counts[key] = counts.get(key, 0) + 1
-        text = ", ".join(f"{structure(key).name} ({count})" for key, count in counts.items())
-        kinds = [finding["severity"] for finding in findings]
-        names = {"error": _("errors"), "warning": _("warnings"), "note": _("notes")}
-        told = ", ".join(f"{kinds.count(kind)} {name}" for kind, name in names.items() if kind in kinds)
-        self._found[self._folder] = [
-            f"{finding['case'] or self._folder}: {finding['sentence']}" for finding in findings
-        ]
-        self._show([str(len(cases)), text or _("none"), told or _("none")])
+    # ---- what the user does
 
-    def _show(self, texts: list[str]) -> None:
-        """Fills the row of the folder at work, if it is still there."""
-        for row in range(self._table.rowCount):
-            item = self._table.item(row, 0)
-            if item is not None and item.text() == self._folder:
-                self._tell(row, [self._folder, *texts])
+    def _keepModality(self, index: int) -> None:
+        self._parameters().modality = self._ui.modalitySelector.currentData
 
-    def _tell(self, row: int, texts: list[str]) -> None:
-        for column, text in enumerate(texts):
-            item = qt.QTableWidgetItem(text)
-            item.setToolTip(text)
-            self._table.setItem(row, column, item)
+    def _addFolder(self) -> None:
+        folder = self._ui.dataFolderEdit.currentPath
+        with errorsShown(_("The folder cannot be added.")):
+            if not folder or not Path(folder).exists():
+                raise ValueError(_("Choose a folder with a data set; '{folder}' is none.").format(folder=folder))
+            self._add(folder)
+
+    def _addScene(self) -> None:
+        from . import Scene
+
+        folder, parameters = self._ui.sceneFolderEdit.currentPath, self._parameters()
+        with errorsShown(_("The scene cannot be added.")), slicer.util.WaitCursor():
+            if not folder:
+                raise ValueError(_("Choose the folder that the pairs of files are written to."))
+            count, unknown, replaced = Scene.export(folder, parameters.modality, parameters.expert.strip())
+            self._add(folder)
+            text = _("{count} cases were written.").format(count=count)
+            if replaced:
+                text += " " + _("They replace earlier ones: {names}").format(names=", ".join(replaced))
+            if unknown:
+                text += " " + _("Left out, as no structure has such a name: {names}").format(names=", ".join(unknown))
+            self._ui.findingsLabel.text = text
+
+    def _add(self, folder: str) -> None:
+        """Lists a folder; one that is listed already is scanned again."""
+        self._found.pop(folder, None)
+        if folder == self._folder:
+            self.stop()
+        parameters = self._parameters()
+        parameters.folders = [*(other for other in parameters.folders if other != folder), folder]
+        self.show()
+
+    def _checkAgain(self) -> None:
+        """Scans all, as what the user says of them may have changed."""
+        self.stop()
+        self._found = {}
+        self.show()
+
+    def _remove(self) -> None:
+        row, parameters = self._ui.dataTable.currentRow(), self._parameters()
+        parameters.folders = [folder for number, folder in enumerate(parameters.folders) if number != row]
+        self.show()
+
+    # ---- the scans
+
+    def _start(self, folder: str) -> None:
+        self._folder, self._result = folder, Path(tempfile.mkdtemp(prefix="m4oe-"), "scan.json")
+        words = ["data", "scan", folder, "--json", str(self._result), *options(self._parameters())]
+        try:
+            self._process = Process(Worker.localCommand(*words), Worker.environment())
+        except ValueError as error:
+            self._fail(str(error))
+
+    def _take(self) -> None:
+        try:
+            scan = _scanned(self._folder, json.loads(self._result.read_text(encoding="utf-8"))["datasets"])
+        except (OSError, ValueError, LookupError):
+            self._fail(self._process.lastWords())
+            return
+        self._end(scan)
+
+    def _fail(self, why: str) -> None:
+        self._end(_Scan(("0", "", _("cannot be used")), tuple(f"{self._folder}: {line}" for line in why.splitlines())))
+
+    def _end(self, scan: _Scan) -> None:
+        self._found[self._folder] = scan
+        shutil.rmtree(self._result.parent, ignore_errors=True)
+        self._process, self._folder = None, ""
+        self._showFindings()
+
+    # ---- what is shown
+
+    def _fillTable(self, folders: Sequence[str]) -> None:
+        table = self._ui.dataTable
+        table.setRowCount(len(folders))
+        for row, folder in enumerate(folders):
+            working = ("...", _("is being checked"), "") if folder == self._folder else ("", _("waiting"), "")
+            texts = self._found[folder].texts if folder in self._found else working
+            for column, text in enumerate((folder, *texts)):
+                item = qt.QTableWidgetItem(text)
+                item.setToolTip(text)
+                table.setItem(row, column, item)
+
+    def _showFindings(self) -> None:
+        self._ui.findingsLabel.text = "\n".join(line for scan in self._found.values() for line in scan.findings)
+
+
+class _Scan(NamedTuple):
+    """What is shown of a folder: cases, structures and warnings for the table; and the findings, line by line."""
+
+    texts: tuple[str, str, str]
+    findings: tuple[str, ...]
+
+
+def _scanned(folder: str, datasets: list[dict[str, Any]]) -> _Scan:
+    """What `m4oe data scan` says of a folder."""
+    cases = [case for dataset in datasets for case in dataset["cases"]]
+    findings = [finding for dataset in datasets for finding in dataset["findings"]]
+    counts = Counter(key for case in cases for key in case["volumes_ml"])
+    kinds = Counter(finding["severity"] for finding in findings)
+    names = {"error": _("errors"), "warning": _("warnings"), "note": _("notes")}
+    structures = ", ".join(f"{structure(key).name} ({count})" for key, count in counts.items())
+    told = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
+    lines = tuple(f"{finding['case'] or folder}: {finding['sentence']}" for finding in findings)
+    return _Scan((str(len(cases)), structures or _("none"), told or _("none")), lines)

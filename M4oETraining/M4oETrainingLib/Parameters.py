@@ -36,5 +36,6 @@ class Parameters:
     preset: Preset = Preset.SMALL
     length: float = 1.0
     pretrain: int = 0
+    synthesise: bool = False
     name: str = "m4oe"
     baseModel: str = ""

@@ -13,13 +13,16 @@ from slicer.i18n import tr as _
 from . import Runs
 from .Curves import Curves
 
+_PICTURE_WIDTH = 380  # pixels, so that the panel needs not be wider for it
+_MOST_LINES = 6
+
 
 class RunView:
     """Shows a run in the panel's widgets.
 
     Attributes:
         run: The run.
-        state: As `Run.state` said at the last look.
+        state: As `Run.state` said at the last look; "" where it could not be read.
         curves: Loss, and Dice per structure.
     """
 
@@ -28,17 +31,19 @@ class RunView:
         self._ui = ui
         self._offset, self._progress = 0, Progress()
         self._words = ""
+        self._left: dict[str, str] = {}
         self._picture = Path()
         self.state = ""
         name = Path(folder).name
         self.curves = {
             "loss": Curves(_("Loss of {name}").format(name=name), _("Loss")),
-            "dice": Curves(_("Dice of {name}").format(name=name), _("Dice")),
+            "dice": Curves(_("Dice of {name}").format(name=name), _("Dice"), marked=True),
         }
         ui.diceTable.setRowCount(0)
         ui.diceTable.setColumnCount(3)
         ui.diceTable.setHorizontalHeaderLabels([_("Structure"), _("Dice"), _("Best")])
         ui.diceTable.horizontalHeader().setStretchLastSection(True)
+        ui.diceTable.verticalHeader().setVisible(False)
         ui.previewLabel.clear()
         self._best: dict[str, float] = {}
 
@@ -50,9 +55,14 @@ class RunView:
     def poll(self) -> bool:
         """Shows what is new; whether it has just finished."""
         before = self.state
-        self.run.enforce()
-        self.state = self.run.state()
-        events, self._offset = self.run.events_since(self._offset)
+        try:
+            self.run.enforce()
+            self.state = self.run.state()
+            events, self._offset = self.run.events_since(self._offset)
+        except (ValueError, OSError) as error:  # its folder was deleted, or is on a drive that is away
+            self.state = ""
+            self._ui.statusLabel.text = _("The run cannot be read: {error}").format(error=error)
+            return False
         for event in events:
             self._take(event)
         for curves in self.curves.values():
@@ -78,11 +88,15 @@ class RunView:
                 dice = {structure(key).name: value for key, value in event["dice"].items()}
                 self.curves["dice"].take(event["overall"], dice)
                 self._showDice(dice)
-            case "phantoms":
-                self._words = _("Phantoms {made} of {of}").format(made=event["made"], of=event["of"])
+            case "training":  # a process starts, and looks at all cases anew
+                self._left = {}
+            case "left out":
+                self._left[event["case"]] = event["reason"]
+            case "prepared":
+                self._words = _("prepares the cases: {made} of {of}").format(made=event["made"], of=event["of"])
             case "scored":
                 self._words = _("Scores the model: {case}").format(case=event["case"])
-            case "finished" | "scores":
+            case "finished" | "scores" | "synthesis":
                 self._words = ""
 
     def _showDice(self, dice: dict[str, float]) -> None:
@@ -92,6 +106,7 @@ class RunView:
             self._best[name] = max(value, self._best.get(name, 0.0))
             for column, text in enumerate((name, f"{value:.3f}", f"{self._best[name]:.3f}")):
                 table.setItem(row, column, qt.QTableWidgetItem(text))
+        table.resizeColumnToContents(0)
 
     def _showProgress(self) -> None:
         ui, progress = self._ui, self._progress
@@ -103,11 +118,15 @@ class RunView:
                 parts.append(_("about {time} left").format(time=Runs.duration(progress.seconds_left)))
             if not progress.stage and not self._words:
                 parts.append(_("prepares the cases"))
-        ui.statusLabel.text = "; ".join(part for part in parts if part)
+        lines = ["; ".join(part for part in parts if part)]
+        lines += [_("Left out: {case}: {reason}").format(case=case, reason=why) for case, why in self._left.items()]
+        ui.statusLabel.text = "\n".join(lines[:_MOST_LINES] + ["..."] * (len(lines) > _MOST_LINES))
 
     def _showPicture(self) -> None:
-        pictures = sorted(self.run.folder.glob("previews/step_*.png"), key=lambda path: int(path.stem[5:]))
+        """The newest picture of validation cases; before the first, what synthetic images look like."""
+        pictures = list(self.run.folder.glob("synthesis.png"))
+        pictures += sorted(self.run.folder.glob("previews/step_*.png"), key=lambda path: int(path.stem[5:]))
         if pictures and pictures[-1] != self._picture:
             self._picture = pictures[-1]
             pixmap = qt.QPixmap(str(self._picture))
-            self._ui.previewLabel.setPixmap(pixmap.scaledToWidth(420, qt.Qt.SmoothTransformation))
+            self._ui.previewLabel.setPixmap(pixmap.scaledToWidth(_PICTURE_WIDTH, qt.Qt.SmoothTransformation))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from m4oe.training_run import Run
 from M4oESegmentationLib import Worker
+from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
 
 from . import Data
@@ -15,24 +15,45 @@ from . import Data
 
 def known() -> list[str]:
     """Folders of the runs that were started here and are still there, the newest first."""
-    try:
-        folders = json.loads(Worker.setting("runs", "[]"))
-    except ValueError:
-        return []
-    return [folder for folder in folders if isinstance(folder, str) and Path(folder, "run.json").exists()]
+    return [folder for folder in _listed() if _isRun(folder)]
 
 
 def remember(folder: str) -> None:
-    Worker.setSetting("runs", json.dumps([folder, *(other for other in known() if other != folder)]))
+    """Puts a run before the others."""
+    _list([folder, *(other for other in _listed() if other != folder)])
 
 
 def forget(folder: str) -> None:
     """Takes a run out of the list; its folder stays."""
-    Worker.setSetting("runs", json.dumps([other for other in known() if other != folder]))
+    _list([other for other in _listed() if other != folder])
+
+
+def _listed() -> list[str]:
+    """All runs in the settings, also those on a drive that is away."""
+    try:
+        folders = json.loads(Worker.setting("runs", "[]"))
+    except ValueError:
+        return []
+    return [folder for folder in folders if isinstance(folder, str)]
+
+
+def _list(folders: list[str]) -> None:
+    Worker.setSetting("runs", json.dumps(folders))
+
+
+def _isRun(folder: str) -> bool:
+    try:
+        Run(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def stateLabel(run: Run, state: str) -> str:
     """The state for people."""
+    if state == "failed":
+        words = run.last_words().removeprefix("m4oe: error: ") or _("it was ended from outside")
+        return _("Failed: {words}").format(words=words)
     return {
         "running": _("Running"),
         "pausing": _("Pausing: writes a checkpoint"),
@@ -40,11 +61,10 @@ def stateLabel(run: Run, state: str) -> str:
         "stopping": _("Stopping: writes a checkpoint"),
         "stopped": _("Stopped"),
         "finished": _("Finished"),
-        "failed": _("Failed: {words}").format(words=run.last_words() or _("it was ended from outside")),
     }[state]
 
 
-def command(parameters: Any, device: str, synthesise: bool = False, *more: str) -> list[str]:
+def command(parameters: Any, device: str, *more: str) -> list[str]:
     """The command of a training with these choices.
 
     Raises:
@@ -55,28 +75,45 @@ def command(parameters: Any, device: str, synthesise: bool = False, *more: str) 
         raise ValueError(_("Choose a folder for the training."))
     if not parameters.folders:
         raise ValueError(_("Add a data set first: a folder, or the open scene."))
-    if Worker.place() == Worker.SSH:
-        raise ValueError(_("A training runs on this machine. Choose another place in M4oE Segmentation, Advanced."))
     words = ["train", *parameters.folders, *Data.options(parameters), "-o", folder, "--device", device, "--json"]
     words += ["--quick"] if parameters.preset.value == "quick" else ["--preset", parameters.preset.value]
-    words += ["--length", f"{parameters.length:g}"]
+    words += ["--length", f"{parameters.length:g}", "--name", parameters.name.strip() or "m4oe"]
     if parameters.baseModel:
         if not parameters.expert.strip():
             raise ValueError(_("Name the expert that the model gets, such as mr_t2."))
         words += ["--add-modality", parameters.expert.strip(), "--model", parameters.baseModel]
     else:
-        words += ["--name", parameters.name.strip() or "m4oe"]
         words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
-        words += ["--synthesise"] if synthesise else []
-    return Worker.command(*words, *more)
+        words += ["--synthesise"] if parameters.synthesise else []
+    return Worker.localCommand(*words, *more)
 
 
-def stages(preset: str, length: float) -> str:
-    """The stages of a preset and their steps, for people."""
+def estimate(process: Process) -> str:
+    """What a training with --estimate has found, as a sentence.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    lines = [line for line in process.lines() if line.startswith('{"seconds"')]
+    if process.code or not lines:
+        raise RuntimeError(process.lastWords())
+    found = json.loads(lines[-1])
+    gpu = _(", {size:.1f} GiB on the GPU").format(size=found["gpu_mib"] / 1024) if found["gpu_mib"] else ""
+    return _("About {time}; memory {size:.1f} GiB{gpu}").format(
+        time=duration(found["seconds"]), size=found["memory_mib"] / 1024, gpu=gpu
+    )
+
+
+def stages(parameters: Any) -> str:
+    """The stages of a training with these choices and their steps, for people."""
     from m4oe.training import config
 
-    chosen = {"quick": config.QUICK, "small": config.SMALL, "full": config.FULL}[preset]
-    return ", ".join(f"{stage.name} {max(1, round(stage.steps * length)):,}" for stage in chosen.stages)
+    chosen = {"quick": config.QUICK, "small": config.SMALL, "full": config.FULL}[parameters.preset.value]
+    stages = config.addition_stages(chosen.stages) if parameters.baseModel else chosen.stages
+    steps = [(stage.name, max(1, round(stage.steps * parameters.length))) for stage in stages]
+    if parameters.pretrain and not parameters.baseModel:
+        steps = [("pretrain", parameters.pretrain), *steps]
+    return ", ".join(f"{name} {count:,}" for name, count in steps)
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def pairs() -> list[tuple[Any, Any]]:
     return found
 
 
-def export(folder: str, modality: str, expert: str) -> tuple[int, list[str]]:
+def export(folder: str, modality: str, expert: str) -> tuple[int, list[str], list[str]]:
     """Writes every pair into the folder, beside those that are there, with tables of the labels and the cases.
 
     Args:
@@ -33,30 +34,53 @@ def export(folder: str, modality: str, expert: str) -> tuple[int, list[str]]:
         expert: That the cases train; "" for the modality's.
 
     Returns:
-        Number of cases, and the segments that are no structure of the catalogue and were left out.
+        Number of cases, the segments that are no structure of the catalogue and were left out, and the cases that
+        were in the folder already and are replaced.
 
     Raises:
-        ValueError: There is no pair, or the modality of a volume is not known.
+        ValueError: There is no pair, a volume has two segmentations, or its modality is not known.
         OSError: The folder cannot be written.
     """
     from m4oe.labels import catalogue
 
-    if not pairs():
+    found = pairs()
+    if not found:
         raise ValueError(
             _("The scene has no segmentation that belongs to a volume. Draw one in the Segment Editor first.")
         )
+    names = _caseNames([volume for volume, _segmentation in found])
     values = {key: value for value, key in enumerate(catalogue(), start=1)}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     rows, left = _rows(target), []
-    for volume, segmentation in pairs():
-        case = re.sub(r"[^\w-]+", "_", volume.GetName()).strip("_") or "case"
+    replaced = [case for case in names if case in rows]
+    for case, (volume, segmentation) in zip(names, found, strict=True):
         unknown, kind = _write(target, case, volume, segmentation, values, modality)
         left += unknown
         rows[case] = {"case": case, "modality": kind, "expert": expert or kind.lower()}
     _save(target / "cases.csv", [["case", "modality", "expert"], *[list(row.values()) for row in rows.values()]])
     _save(target / "labels.csv", [["label", "name"], *[[str(value), key] for key, value in values.items()]])
-    return len(pairs()), list(dict.fromkeys(left))
+    return len(found), list(dict.fromkeys(left)), replaced
+
+
+def _caseNames(volumeNodes: list[Any]) -> list[str]:
+    """A name of its own for each volume, of which several may have the same in Slicer.
+
+    Raises:
+        ValueError: A volume comes twice.
+    """
+    names: list[str] = []
+    for node in volumeNodes:
+        if volumeNodes.count(node) > 1:
+            raise ValueError(
+                _("'{name}' has several segmentations. Delete those that are not to be learned.").format(
+                    name=node.GetName()
+                )
+            )
+        name = re.sub(r"[^\w-]+", "_", node.GetName()).strip("_") or "case"
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        names.append(next(text for text in itertools.chain([name], others) if text not in names))
+    return names
 
 
 def structureOf(segment: Any) -> str | None:

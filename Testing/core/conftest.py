@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+sys.path.insert(0, str(Path(__file__).parent))  # tiny.py
 Saved = Callable[..., Path]
 
 
@@ -28,6 +30,23 @@ def saved() -> Saved:
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file with random weights."""
+    from tiny import a_model
+
+    return a_model(tmp_path_factory.mktemp("models") / "tiny.safetensors")
+
+
+@pytest.fixture
+def segment(model: Path, tmp_path: Path) -> Callable[..., int]:
+    """Runs `m4oe segment` with the tiny model into the folder "out"."""
+    from m4oe.__main__ import main
+
+    common = ["-o", str(tmp_path / "out"), "--model", str(model), "--device", "cpu"]
+    return lambda *arguments: main(["segment", *map(str, arguments), *common])
 
 
 @pytest.fixture

@@ -24,98 +24,19 @@ import nrrd
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import torch
 from m4oe.__main__ import main
 from m4oe.files import read_volume
 from m4oe.geometry import Grid, Volume
-from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
 from m4oe.segment_command import Voice
 from m4oe.segment_command import _record as record
-from m4oe.spec import FORMAT_VERSION, ExpertSpec, IntensityRule, ModelSpec, NetworkSpec, read_spec
+from m4oe.spec import FORMAT_VERSION, read_spec
 from m4oe.terminal import score_table
 from m4oe.training import phantom as phantoms
-from scipy.ndimage import gaussian_filter
+from tiny import SPEC, a_network, a_series, an_image, reports, saved
 
-SPEC = ModelSpec(
-    name="tiny",
-    version="1",
-    network=NetworkSpec(experts=2, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, top_k=1),
-    structures=("liver", "spleen", "liver_tumor"),
-    experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR")),
-    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
-    pixel_mm=2.0,
-    slice_mm=3.0,
-    limits="Knows nothing.",
-    training={
-        "data": "3 dreams",
-        "stages": [["dense", 2400, 0.0015], ["gate", 1, 1e-4]],
-        "seed": 0,
-        "sites": ["A", [1]],
-    },
-    scores={"ct": {"liver": 0.9}},
-)
 Command = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    save_model(path, a_network(SPEC), SPEC)
-    return path
-
-
-@pytest.fixture
-def segment(model: Path, tmp_path: Path) -> Command:
-    """Runs `m4oe segment` with the tiny model into the folder "out"."""
-    common = ["-o", str(tmp_path / "out"), "--model", str(model), "--device", "cpu"]
-    return lambda *arguments: main(["segment", *map(str, arguments), *common])
-
-
-def a_network(spec: ModelSpec) -> MoESwinUNet:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    network = MoESwinUNet(spec.network, len(spec.structures) + 1)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    return network
-
-
-def an_image(*shape: int) -> sitk.Image:
-    field = gaussian_filter(np.random.default_rng(0).standard_normal(shape or (8, 16, 20)), 1.5)
-    image = sitk.GetImageFromArray((4000 * field).astype(np.int16))
-    image.SetSpacing([1.5] * len(field.shape))
-    return image
-
-
-def saved(path: Path, image: sitk.Image | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image or an_image(), str(path))
-    return path
-
-
-def a_dicom_series(folder: Path) -> Path:
-    image = an_image()
-    for index in range(image.GetSize()[2]):
-        plane = image[:, :, index]
-        tags = {
-            "0008|0060": "CT",
-            "0020|000e": "1.2.3",
-            "0020|000d": "1.2",
-            "0020|0032": f"0\\0\\{2 * index}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0020|0013": str(index),
-        }
-        for tag, value in tags.items():
-            plane.SetMetaData(tag, value)
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetFileName(str(folder / f"{index}.dcm"))
-        folder.mkdir(parents=True, exist_ok=True)
-        writer.Execute(plane)
-    return folder
 
 
 def names(folder: Path) -> list[str]:
@@ -145,10 +66,6 @@ def the_error_in(text: str) -> str:
     return errors[0].removeprefix("m4oe: error: ")
 
 
-def reports(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "volumes.json").read_text(encoding="utf-8"))
-
-
 # ---- what comes out
 
 
@@ -163,7 +80,7 @@ def test_a_result_lies_on_the_grid_of_its_input(segment: Command, tmp_path: Path
 def test_the_tables_hold_the_volumes_of_the_labels(segment: Command, tmp_path: Path) -> None:
     segment(saved(tmp_path / "CT.nii.gz"))
     labels = read_volume(tmp_path / "out" / "CT.seg.nrrd")
-    counts = np.bincount(labels.array.ravel(), minlength=4)[1:] * 1.5**3 / 1000
+    counts = np.bincount(labels.array.ravel(), minlength=4)[1:] * 1.5 * 1.5 * 2 / 1000
     expected = {key: count for key, count in zip(SPEC.structures, counts, strict=True) if count}
     table = {row["structure"]: float(row["volume_ml"]) for row in rows(tmp_path / "out")}
     assert table == pytest.approx(expected, abs=0.005)
@@ -202,7 +119,7 @@ def test_a_preview_that_fails_loses_neither_result_nor_volumes(
 def test_files_folders_and_dicom_are_segmented_together(segment: Command, tmp_path: Path) -> None:
     saved(tmp_path / "many" / "b.mha")
     saved(tmp_path / "many" / "a.nrrd")
-    series = a_dicom_series(tmp_path / "1.2.840.113")
+    series = a_series(tmp_path / "1.2.840.113").parent
     single = saved(tmp_path / "patient.007.nii.gz")
     assert segment(single, tmp_path / "many", series, single) == 0
     found = [name for name in names(tmp_path / "out") if name.endswith(".seg.nrrd")]
@@ -252,7 +169,7 @@ def test_a_chosen_frame_of_a_4d_volume_is_segmented(segment: Command, tmp_path: 
 def test_a_frame_is_chosen_in_4d_volumes_and_3d_ones_have_but_one(segment: Command, tmp_path: Path) -> None:
     saved(tmp_path / "in" / "time.nrrd", sitk.JoinSeries([an_image()] * 3))
     saved(tmp_path / "in" / "CT.nrrd")
-    a_dicom_series(tmp_path / "in" / "scan")
+    a_series(tmp_path / "in" / "scan")
     assert segment(tmp_path / "in", "--frame", "2") == 0
     assert set(reports(tmp_path / "out")) == {"CT", "scan", "time"}
 
@@ -478,7 +395,7 @@ def no_images(path: Path) -> Path:
         (text_file, "bad.txt", "kind is unknown, expected DICOM or .nii.gz"),
         (four_frames, "bad.nii.gz", "4 frames, choose one of 0 to 3, by --frame N"),
         (four_frames, "bad.nrrd", "4 frames, choose one of 0 to 3, by --frame N"),
-        (zero_spacing, "bad.nii", "spacing is 0 x 1.5 x 1.5 mm, expected above zero"),
+        (zero_spacing, "bad.nii", "spacing is 0 x 1.5 x 2 mm, expected above zero"),
         (colours, "bad.mha", "3 values per voxel"),
         (huge, "bad.nii", ""),
         (far_offset, "bad.nii", ""),
@@ -532,7 +449,7 @@ def newer(path: Path) -> None:
 
 
 def misfit(path: Path) -> None:
-    save_model(path, a_network(SPEC), replace(SPEC, structures=("liver",)))
+    save_model(path, a_network(), replace(SPEC, structures=("liver",)))
 
 
 def not_a_model(path: Path) -> None:

@@ -18,7 +18,6 @@ from m4oe import predictor as module
 from m4oe.cleanup import remove_islands
 from m4oe.geometry import Grid, Volume
 from m4oe.labels import catalogue, structure
-from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
 from m4oe.predictor import Cancelled, Predictor, bfloat16_is_faster, find_device
 from m4oe.resample import CanonicalVolume
@@ -26,6 +25,7 @@ from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
+from tiny import a_network
 from torch.overrides import TorchFunctionMode
 
 ALL_AXES = ["".join(letters) for pairs in permutations(("RL", "AP", "SI")) for letters in product(*pairs)]
@@ -42,17 +42,6 @@ SPEC = ModelSpec(
 )
 OTHER = "you named is for another"
 CT_ONLY = replace(SPEC, network=replace(NETWORK, experts=1, top_k=0), experts=SPEC.experts[:1])
-
-
-def a_network(spec: ModelSpec, seed: int = 0) -> MoESwinUNet:
-    """Weights large enough that the labels differ from place to place and the experts from each other."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    network = MoESwinUNet(spec.network, len(spec.structures) + 1)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    return network
 
 
 def a_predictor(

@@ -7,6 +7,7 @@ import errno
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,59 +15,19 @@ import m4oe.predictor as predictor
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import torch
-from m4oe.__main__ import main
+import tiny
 from m4oe.files import read_volume
 from m4oe.labels import structure
-from m4oe.network.unet import MoESwinUNet
-from m4oe.package import save_model
-from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
-from scipy.ndimage import gaussian_filter
+from tiny import a_series, an_image, reports, saved
 
-SPEC = ModelSpec(
-    name="tiny",
-    version="1",
-    network=NetworkSpec(experts=2, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, top_k=1),
-    structures=("liver", "kidney_left", "liver_tumor"),
-    experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR")),
-    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
-    pixel_mm=2.0,
-    slice_mm=3.0,
-)
+SPEC = replace(tiny.SPEC, structures=("liver", "kidney_left", "liver_tumor"))  # one with a side
 Segment = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    network = MoESwinUNet(SPEC.network, len(SPEC.structures) + 1)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    save_model(path, network, SPEC)
-    return path
-
-
-@pytest.fixture
-def segment(model: Path, tmp_path: Path) -> Segment:
-    common = ["-o", str(tmp_path / "out"), "--model", str(model), "--device", "cpu"]
-    return lambda *arguments: main(["segment", *map(str, arguments), *common])
-
-
-def an_image(seed: int = 0) -> sitk.Image:
-    field = gaussian_filter(np.random.default_rng(seed).standard_normal((8, 16, 20)), 1.5)
-    image = sitk.GetImageFromArray((4000 * field).astype(np.int16))
-    image.SetSpacing([1.5, 1.5, 2.0])
-    return image
-
-
-def saved(path: Path, image: sitk.Image | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image or an_image(), str(path))
-    return path
+    return tiny.a_model(tmp_path_factory.mktemp("models") / "tiny.safetensors", SPEC)
 
 
 def a_table(path: Path, *rows: dict[str, Any]) -> Path:
@@ -75,42 +36,6 @@ def a_table(path: Path, *rows: dict[str, Any]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-def a_series(folder: Path, uid: str = "1.2.3", seed: int = 0) -> Path:
-    """A CT with all tags that DICOM SEG needs; gives back a file from its middle."""
-    image = an_image(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in range(image.GetSize()[2]):
-        plane = image[:, :, index]
-        tags = {
-            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
-            "0008|0018": f"{uid}.{index + 1}",
-            "0008|0020": "20200101",
-            "0008|0030": "120000",
-            "0008|0060": "CT",
-            "0010|0010": "Doe^J",
-            "0010|0020": "7",
-            "0018|0050": "2",
-            "0020|000d": "1.2",
-            "0020|000e": uid,
-            "0020|0011": "1",
-            "0020|0013": str(index + 1),
-            "0020|0032": f"0\\0\\{2 * index}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0020|0052": "1.2.9",
-        }
-        for tag, value in tags.items():
-            plane.SetMetaData(tag, value)
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetFileName(str(folder / f"{uid}-{index}.dcm"))
-        writer.Execute(plane)
-    return folder / f"{uid}-4.dcm"
-
-
-def reports(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "volumes.json").read_text(encoding="utf-8"))
 
 
 def events(capsys: Captured) -> list[dict[str, Any]]:

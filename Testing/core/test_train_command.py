@@ -109,6 +109,7 @@ def test_label_maps_of_one_modality_train_experts_for_all(tmp_path: Path, capsys
     assert set(spec.scores) == {"ct"} and "drawn as ct, mr_t1, mr_t1ce, mr_t2" in spec.training["data"]
     assert (tmp_path / "run" / "synthesis.png").read_bytes().startswith(b"\x89PNG")
     assert "synthetic images: " in capsys.readouterr().out
+    assert '{"event": "synthesis"' in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8")
 
 
 def test_the_same_command_again_trains_no_more_and_reports_anew(base: Path, capsys: Captured) -> None:

@@ -28,22 +28,10 @@ from m4oe import connection, jobs
 from m4oe.client import Client, worker_command
 from m4oe.geometry import Grid, Volume, pack_volume, unpack_volume
 from m4oe.jobs import Cancelled, Event, receive, send
-from m4oe.network.unet import MoESwinUNet
-from m4oe.package import save_model
 from m4oe.predictor import Predictor
-from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from scipy.ndimage import gaussian_filter
+from tiny import SPEC, a_model
 
-SPEC = ModelSpec(
-    name="tiny",
-    version="1",
-    network=NetworkSpec(experts=2, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0, top_k=1),
-    structures=("liver", "spleen"),
-    experts=(ExpertSpec("ct", "CT"), ExpertSpec("mr", "MR")),
-    intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 1, 99)},
-    pixel_mm=2.0,
-    slice_mm=3.0,
-)
 STAND_IN = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -128,23 +116,6 @@ def a_ct() -> Volume:
 
 def a_worker(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
-
-
-def a_model(path: Path, seed: int = 0) -> Path:
-    """Weights large enough that the labels differ from place to place."""
-    torch.manual_seed(seed)
-    network = MoESwinUNet(SPEC.network, len(SPEC.structures) + 1)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    save_model(path, network, SPEC)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return a_model(tmp_path_factory.mktemp("models") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +312,7 @@ def test_labels_are_those_of_the_predictor_and_the_model_stays(model: Path, othe
 def test_a_model_that_was_replaced_is_loaded_again(other_python: Client, tmp_path: Path) -> None:
     path, found = tmp_path / "run.safetensors", []
     for seed in (1, 2):
-        a_model(path, seed)
+        a_model(path, seed=seed)
         os.utime(path, (seed, seed))
         expected = Predictor(path, "cpu", "float32")(a_ct(), "ct")[0].array
         found.append(other_python.segment(a_ct(), model=path, expert="ct", device="cpu", precision="float32")[0].array)

@@ -32,7 +32,7 @@ def main(source: str, target: str) -> None:
     panel.ui.applyButton.click()
     settle(lambda: panel.ui.statusLabel.text.startswith("Segmenting") and panel.ui.progressBar.value > 30, 300)
     photograph(panel, folder / "panel-running.png", ["inputs"])
-    settle(lambda: panel._run is None, 600)
+    settle(lambda: panel.runs.run is None, 600)
     photograph(panel, folder / "panel-result.png", ["results"])
     views(panel.parameters.result, node, folder)
     panel.ui.doctorButton.click()
@@ -59,10 +59,12 @@ def photograph(panel: Any, path: Path, sections: list[str]) -> None:
 def views(segmentation: Any, volume: Any, folder: Path) -> None:
     """The result in two planes and in 3D."""
     segmentation.CreateClosedSurfaceRepresentation()
-    axial = SliceView(volume, "Red", "Axial")
+    axial = SliceView("Red")
+    axial.show(volume, "Axial")
     axial.logic.SetSliceOffset(segmentation.GetSegmentCenterRAS("liver")[2])
     axial.save(folder / "result-axial.png")
-    coronal = SliceView(volume, "Green", "Coronal")
+    coronal = SliceView("Green")
+    coronal.show(volume, "Coronal")
     coronal.logic.SetSliceOffset(segmentation.GetSegmentCenterRAS("liver")[1])
     coronal.save(folder / "result-coronal.png")
     surfaces = ThreeDView("1")

@@ -78,6 +78,19 @@ def add_volume(shape: tuple[int, ...] = (12, 40, 40), name: str = "CT") -> Any:
     return slicer.util.addVolumeFromArray(array, ijkToRAS=np.diag([-2.0, -2.0, 3.0, 1.0]), name=name)
 
 
+def add_frames(count: int) -> Any:
+    """A sequence of volumes, each brighter by 1; gives back the node that shows its frames."""
+    proxy = add_volume()
+    frames = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", "frames")
+    for number in range(count):
+        frames.SetDataNodeAtValue(proxy, str(number))
+        slicer.util.arrayFromVolume(proxy)[...] += 1
+    browser = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", "browser")
+    browser.SetAndObserveMasterSequenceNodeID(frames.GetID())
+    browser.AddProxyNode(proxy, frames, False)
+    return proxy
+
+
 def apply(panel: Any, volume_node: Any) -> Any:
     """Chooses the volume, presses Apply, waits; returns the new segmentation, or None."""
     panel.ui.inputSelector.setCurrentNode(volume_node)
@@ -87,7 +100,7 @@ def apply(panel: Any, volume_node: Any) -> Any:
 
 
 def finish(panel: Any) -> None:
-    settle(lambda: panel._run is None)
+    settle(lambda: panel.runs.run is None)
 
 
 def segmentations() -> list[Any]:
@@ -144,7 +157,7 @@ def test_an_existing_segmentation_keeps_its_other_segments(panel: Any) -> None:
 
 
 def test_only_checked_structures_are_made(panel: Any) -> None:
-    panel._structures.check(["spleen"])
+    panel.models.structures.check(["spleen"])
     assert panel.parameters.excludedStructures == ["kidney_left", "liver"]
     assert ids(apply(panel, add_volume())) == {"spleen"}
 
@@ -156,10 +169,10 @@ def test_the_search_hides_and_a_group_checks(panel: Any) -> None:
     assert hidden.count(False) == 1
     none = ui.presetSelector.count - 1
     ui.presetSelector.activated.emit(none)
-    assert panel._structures.checked() == ()
+    assert panel.models.structures.checked() == ()
     assert not ui.applyButton.enabled
     ui.presetSelector.activated.emit(1)
-    assert set(panel._structures.checked()) == set(STRUCTURES)
+    assert set(panel.models.structures.checked()) == set(STRUCTURES)
 
 
 def test_naming_an_expert_overrules_the_gate(panel: Any) -> None:
@@ -199,24 +212,113 @@ def test_the_result_lies_in_the_study_of_its_volume(panel: Any) -> None:
     assert tree.GetItemParent(tree.GetItemByDataNode(node)) == study
 
 
-def test_all_frames_become_a_sequence(panel: Any) -> None:
-    proxy = add_volume()
-    frames = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", "frames")
-    for number in range(3):
-        frames.SetDataNodeAtValue(proxy, str(number))
-    browser = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", "browser")
-    browser.SetAndObserveMasterSequenceNodeID(frames.GetID())
-    browser.AddProxyNode(proxy, frames, False)
+def test_all_frames_become_a_sequence_with_a_report_each(panel: Any) -> None:
+    from M4oESegmentationLib.Reports import reportOf
+
+    proxy = add_frames(3)
     panel.ui.inputSelector.setCurrentNode(proxy)
     assert panel.ui.allFramesCheckBox.visible or not panel.parent.visible
     panel.ui.allFramesCheckBox.checked = True
     apply(panel, proxy)
-    result = [node for node in slicer.util.getNodesByClass("vtkMRMLSequenceNode") if node is not frames]
+    result = [node for node in slicer.util.getNodesByClass("vtkMRMLSequenceNode") if node.GetName() != "frames"]
     assert [node.GetNumberOfDataNodes() for node in result] == [3]
     assert ids(result[0].GetNthDataNode(2)) == set(STRUCTURES)
+    reports = [reportOf(result[0].GetNthDataNode(number)) for number in range(3)]
+    assert len({report.intensities["liver"] for report in reports}) == 3
+
+
+def test_frames_wanted_of_another_volume_do_not_count(panel: Any) -> None:
+    panel.ui.allFramesCheckBox.checked = panel.ui.uncertaintyCheckBox.checked = True
+    apply(panel, add_volume())
+    assert panel.ui.uncertaintyCheckBox.enabled
+    assert slicer.util.getNode("CT M4oE uncertainty") is not None
+
+
+def test_results_that_the_user_has_closed_stay_closed(panel: Any) -> None:
+    apply(panel, add_volume())
+    panel.ui.resultsCollapsibleButton.collapsed = True
+    panel.ui.qualitySelector.currentIndex = 1
+    assert panel.ui.resultsCollapsibleButton.collapsed
+
+
+def test_a_volume_is_proposed_that_was_loaded_meanwhile_and_no_label_map(panel: Any) -> None:
+    label_map = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "labels")
+    panel.enter()
+    assert panel.parameters.inputVolume is None
+    assert panel.ui.statusLabel.text == "Choose a CT or MR volume."
+    volume_node = add_volume()
+    panel.enter()
+    assert panel.parameters.inputVolume is volume_node is not label_map
+    assert panel.ui.statusLabel.text == ""
 
 
 # ---- what goes wrong
+
+
+def finish_unseen(panel: Any, volume_node: Any) -> None:
+    """Applies, and lets the worker end before the panel looks at it."""
+    panel.ui.inputSelector.setCurrentNode(volume_node)
+    panel.ui.applyButton.click()
+    panel._timer.stop()
+    panel.runs.run._job.result()
+
+
+def test_a_result_of_a_closed_scene_is_not_put_on_a_volume_of_the_next(panel: Any, dialogs: Dialogs) -> None:
+    first = add_volume()
+    finish_unseen(panel, first)
+    slicer.mrmlScene.Clear(False)
+    assert add_volume(name="another").GetID() == "vtkMRMLScalarVolumeNode1"
+    panel.onTimer()
+    assert panel.runs.run is None
+    assert segmentations() == []
+    assert dialogs.errors == []
+
+
+def test_cancel_between_two_frames_stops_all(panel: Any) -> None:
+    panel.ui.allFramesCheckBox.checked = True
+    finish_unseen(panel, add_frames(2))
+    panel.ui.cancelButton.click()
+    panel.onTimer()
+    assert panel.runs.run is None
+    assert panel.ui.statusLabel.text == "Cancelled; nothing was changed."
+
+
+def test_a_result_that_cannot_be_shown_leaves_nothing(
+    panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m4oe import nodes
+
+    def fail(*arguments: Any) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(nodes, "segmentation_to_node", fail)
+    apply(panel, add_volume())
+    assert segmentations() == []
+    assert "a fault" in dialogs.errors[0]
+    assert panel.ui.applyButton.enabled
+
+
+@pytest.mark.parametrize("text", ["damaged", "eyJmdXR1cmUiOiAxfQ=="])
+def test_a_report_that_cannot_be_read_is_none(panel: Any, text: str) -> None:
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    node.SetAttribute("M4oE.report", text)
+    panel.parameters.result = node
+    assert panel.ui.resultsCollapsibleButton.collapsed
+    assert panel.ui.resultsTable.rowCount == 0
+
+
+def test_a_deleted_result_is_no_longer_shown(panel: Any) -> None:
+    slicer.mrmlScene.RemoveNode(apply(panel, add_volume()))
+    assert panel.ui.resultsTable.rowCount == 0
+    assert not panel.ui.csvButton.enabled
+
+
+def test_the_worker_is_not_asked_while_it_segments(panel: Any) -> None:
+    panel.ui.inputSelector.setCurrentNode(add_volume())
+    panel.ui.applyButton.click()
+    assert not panel.ui.refreshDevicesButton.enabled
+    finish(panel)
+    assert panel.ui.refreshDevicesButton.enabled
 
 
 def test_cancel_changes_nothing_and_apply_works_again(panel: Any) -> None:
@@ -328,7 +430,7 @@ def test_a_table_that_cannot_be_written_is_told(
 
 
 def test_choices_and_result_come_back_with_the_scene(panel: Any, tmp_path: Path) -> None:
-    panel._structures.check(["liver", "spleen"])
+    panel.models.structures.check(["liver", "spleen"])
     panel.ui.qualitySelector.currentIndex = 1
     apply(panel, add_volume())
     rows = panel.ui.resultsTable.rowCount
@@ -379,6 +481,20 @@ def test_dicom_needs_a_volume_of_the_database(panel: Any, dialogs: Dialogs, monk
     apply(panel, add_volume())
     panel.ui.dicomButton.click()
     assert "was not loaded from Slicer's DICOM database" in dialogs.errors[0]
+
+
+def test_a_slicer_without_dicom_seg_says_what_to_install(
+    panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slicer, "dicomDatabase", SimpleNamespace(isOpen=True, instanceValue=lambda *tags: "CT"))
+    library = ModuleType("DICOMLib")
+    library.DICOMUtils = None
+    monkeypatch.setitem(sys.modules, "DICOMLib", library)
+    volume_node = add_volume()
+    volume_node.SetAttribute("DICOM.instanceUIDs", "1.2.3")
+    apply(panel, volume_node)
+    panel.ui.dicomButton.click()
+    assert "QuantitativeReporting" in dialogs.errors[0]
 
 
 def test_dicom_seg_goes_into_the_database(panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,6 +671,18 @@ def test_a_batch_says_what_it_lacks(panel: Any, dialogs: Dialogs, five_cases: Pa
     start_batch(panel, five_cases, Path("/proc/nowhere"))
     settle(lambda: panel.batches.batch is None)
     assert "/proc/nowhere" in dialogs.errors[-1]
+
+
+def test_what_needs_files_of_this_machine_is_not_sent_to_another(
+    panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("ssh")
+    panel.ui.hostEdit.text = "gpu1"
+    panel.worker.save()
+    start_batch(panel, five_cases, tmp_path / "results")
+    monkeypatch.setattr(qt.QFileDialog, "getOpenFileName", lambda *arguments: "bundle.zip")
+    panel.ui.bundleButton.click()
+    assert ["This runs on this machine" in text for text in dialogs.errors] == [True, True]
 
 
 def test_selected_dicom_series_become_a_table(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:

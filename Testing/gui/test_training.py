@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,31 +17,53 @@ import slicer.util
 from harness.application import settle
 from m4oe.files import write_volume
 from m4oe.geometry import Grid, Volume
+from m4oe.network.unet import MoESwinUNet
+from m4oe.package import save_model
+from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec, read_spec
 
 SHAPE = (4, 20, 20)
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
 
 
-def a_case(seed: int) -> tuple[Volume, Volume]:
-    """A CT of noise with two boxes: 1 liver, 2 spleen."""
+def a_case(seed: int, modality: str = "CT") -> tuple[Volume, Volume]:
+    """A volume of noise with two boxes: 1 liver, 2 spleen."""
     labels = np.zeros(SHAPE, np.uint8)
     labels[1:3, 4:12, 4:10], labels[1:3, 4:12, 13:18] = 1, 2
     image = np.random.default_rng(seed).normal(-40, 10, SHAPE) + 100.0 * labels
-    image[0, 0, :2] = -1000
+    if modality == "MR":
+        image += 300
+    else:
+        image[0, 0, :2] = -1000
     return Volume(image.astype(np.int16), Grid(SHAPE, AFFINE)), Volume(labels, Grid(SHAPE, AFFINE))
+
+
+def a_data_set(folder: Path, modality: str = "CT") -> Path:
+    """Three cases: train, val, test."""
+    rows = ["case,modality,split"]
+    for seed, split in enumerate(("train", "val", "test")):
+        image, labels = a_case(seed, modality)
+        write_volume(folder / f"a{seed}.nii.gz", image)
+        write_volume(folder / f"a{seed}_label.nii.gz", labels)
+        rows.append(f"a{seed},{modality},{split}")
+    (folder / "cases.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    rows = ["case,modality,split"]
-    for seed, split in enumerate(("train", "val", "test")):
-        image, labels = a_case(seed)
-        write_volume(folder / f"a{seed}.nii.gz", image)
-        write_volume(folder / f"a{seed}_label.nii.gz", labels)
-        rows.append(f"a{seed},CT,{split}")
-    (folder / "cases.csv").write_text("\n".join(rows), encoding="utf-8")
-    return folder
+    return a_data_set(tmp_path / "data")
+
+
+@pytest.fixture
+def installed_model(tmp_path: Path) -> Path:
+    """A model of a few weights that has learned nothing, among the installed ones."""
+    network = NetworkSpec(experts=1, top_k=1, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0)
+    experts, intensity = (ExpertSpec("ct", "CT"),), {"CT": IntensityRule("window", -160, 240)}
+    spec = ModelSpec("tiny", "1", network, ("liver", "spleen"), experts, intensity, pixel_mm=2.0, slice_mm=2.0)
+    path = tmp_path / "models" / "tiny.safetensors"
+    path.parent.mkdir()
+    save_model(path, MoESwinUNet(network, len(spec.structures) + 1), spec)
+    return path
 
 
 @pytest.fixture
@@ -64,6 +87,14 @@ def choose(panel: Any, data: Path, run: Path, length: float = 0.01) -> None:
     ui.presetSelector.currentIndex = 0
     ui.lengthSpinBox.value = length
     ui.nameEdit.text = "mine"
+
+
+def pick(selector: Any, text: str) -> None:
+    """Chooses an item as a user does."""
+    number = selector.findText(text)
+    assert number >= 0, f"no {text} among {[selector.itemText(n) for n in range(selector.count)]}"
+    selector.currentIndex = number
+    selector.activated.emit(number)
 
 
 def state(panel: Any, *wanted: str) -> Callable[[], bool]:
@@ -157,12 +188,60 @@ def test_a_run_goes_on_when_the_scene_is_closed_and_is_found_again(
     assert second.ui.runSelector.count == 0 and (run / "checkpoint.safetensors").exists()
 
 
-def test_a_run_that_fails_says_why(panel: Any, data: Path, tmp_path: Path) -> None:
-    choose(panel, tmp_path, tmp_path / "run")
-    panel.parameters.folders = [str(tmp_path / "nothing")]
+def test_an_expert_is_added_to_an_installed_model(
+    installed_model: Path, panel: Any, tmp_path: Path, dialogs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui, run = panel.ui, tmp_path / "run"
+    choose(panel, a_data_set(tmp_path / "mr", "MR"), run)
+    pick(ui.baseModelSelector, "tiny")
+    assert ui.stagesLabel.text == "Stages and steps: add 1, add 1" and not ui.synthesiseCheckBox.enabled
+    ui.startButton.click()
+    assert "Name the expert that the model gets" in dialogs.errors[-1]
+    ui.expertEdit.text = "mr_t2"
+    ui.startButton.click()
+    settle(state(panel, "finished", "failed"), 600)
+    assert ui.statusLabel.text == "Finished"
+    old, new = read_spec(installed_model), read_spec(run / "model.safetensors")
+    assert new.name == "mine" and new.expert_names == (*old.expert_names, "mr_t2")
+    opened = []
+    monkeypatch.setattr(qt.QDesktopServices, "openUrl", opened.append)
+    ui.reportButton.click()
+    assert "Training of mine" in Path(opened[0].toLocalFile()).read_text(encoding="utf-8")
+    ui.useModelButton.click()
+    assert len(dialogs.errors) == 1 and ui.baseModelSelector.findText("mine") > 0
+
+
+def test_synthetic_images_are_shown_before_validation_is(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
+    run = tmp_path / "run"
+    choose(panel, data, run, 1)
+    panel.ui.synthesiseCheckBox.click()
     panel.ui.startButton.click()
-    settle(state(panel, "failed"), 600)
-    assert panel.ui.statusLabel.text.startswith("Failed: m4oe: error:")
+    settle(lambda: not panel.ui.previewLabel.pixmap.isNull() or state(panel, "failed")(), 600)
+    assert panel._view.state == "running", panel.ui.statusLabel.text
+    assert (run / "synthesis.png").exists() and not (run / "previews").exists()
+    events, _ = panel._view.run.events_since()
+    assert next(event for event in events if event["event"] == "training")["experts"] != ["ct"]
+
+
+def test_a_run_without_usable_labels_says_which_file_is_broken(panel: Any, data: Path, tmp_path: Path) -> None:
+    (data / "a0_label.nii.gz").write_bytes(b"no image")
+    choose(panel, data, tmp_path / "run")
+    panel.ui.startButton.click()
+    settle(state(panel, "failed", "finished"), 600)
+    assert panel.ui.statusLabel.text.startswith("Failed: no labelled case is left for training")
+    assert "a0_label.nii.gz: it is not a NIfTI-1 file" in panel.ui.statusLabel.text
+    assert panel.ui.resumeButton.enabled and not panel.ui.reportButton.enabled
+
+
+def test_a_run_whose_data_are_gone_says_what_it_did_not_score(panel: Any, data: Path, tmp_path: Path) -> None:
+    choose(panel, data, tmp_path / "run")
+    panel.ui.startButton.click()
+    settle(lambda: panel._view.curves["loss"]._rows or state(panel, "failed")(), 600)
+    shutil.rmtree(data)
+    settle(state(panel, "failed", "finished"), 600)
+    lines = panel.ui.statusLabel.text.splitlines()
+    assert lines[0] == "Finished"
+    assert [line.partition(": There is no file")[0] for line in lines[1:]] == ["Left out: data/a1", "Left out: data/a2"]
 
 
 def test_the_open_scene_becomes_a_data_set(panel: Any, tmp_path: Path, dialogs: Any) -> None:
@@ -190,38 +269,56 @@ def test_an_estimate_is_shown(panel: Any, data: Path, tmp_path: Path, dialogs: A
     assert dialogs.errors == [] and panel.ui.statusLabel.text.startswith("About ")
 
 
-def test_a_model_is_evaluated_on_chosen_cases(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
-    (data / "labels.csv").write_text("label,name\n1,liver\n2,spleen", encoding="utf-8")
-    for path in data.glob("*_label.nii.gz"):
-        path.with_name(path.name.replace(".nii.gz", ".csv")).write_text(
-            "label,name\n1,liver\n2,spleen", encoding="utf-8"
-        )
-    ui = panel.ui
+def test_a_chosen_model_is_evaluated_on_chosen_cases(
+    installed_model: Path, panel: Any, data: Path, tmp_path: Path, dialogs: Any
+) -> None:
+    ui, truth = panel.ui, tmp_path / "truth"
     ui.evaluateButton.click()
-    assert "Choose the folder of the volumes" in dialogs.errors.pop()
-    ui.evaluationImagesEdit.currentPath = ui.evaluationTruthEdit.currentPath = str(data)
+    assert "Choose the folder of the volumes" in dialogs.errors[-1]
+    truth.mkdir()
+    (data / "a2_label.nii.gz").rename(truth / "a2.nii.gz")
+    (truth / "labels.csv").write_text("label,name\n1,liver\n2,spleen", encoding="utf-8")
+    ui.evaluationImagesEdit.currentPath = str(data / "a2.nii.gz")
+    ui.evaluationTruthEdit.currentPath = str(truth)
     ui.evaluationFolderEdit.currentPath = str(tmp_path / "scores")
+    pick(ui.evaluationModelSelector, "tiny")
     ui.evaluateButton.click()
     settle(lambda: panel._evaluation is None, 600)
     assert ui.evaluationLabel.text.startswith("The scores are in"), ui.evaluationLabel.text
-    names = [ui.evaluationTable.item(row, 0).text() for row in range(ui.evaluationTable.rowCount)]
-    assert {"Liver", "Spleen"} <= set(names)
+    texts = [[ui.evaluationTable.item(row, column).text() for column in (0, 1)] for row in range(2)]
+    assert texts == [["Liver", "1"], ["Spleen", "1"]]
     ui.evaluationPlotButton.click()
     chart = slicer.modules.plots.logic().shown
-    assert chart.GetNthPlotSeriesNode(0).GetTableNode().GetNumberOfRows() >= 2
+    assert [chart.GetNthPlotSeriesNode(number).GetName() for number in range(2)] == ["Liver", "Spleen"]
+    ui.evaluationFolderEdit.currentPath = str(tmp_path / "others")
+    ui.evaluateButton.click()
+    settle(lambda: ui.evaluationStopButton.enabled)
+    ui.evaluationStopButton.click()
+    settle(lambda: panel._evaluation is None, 600)
+    assert ui.evaluationLabel.text == "Stopped" and len(dialogs.errors) == 1
 
 
 def test_the_choices_stay_with_the_scene(panel: Any, data: Path, tmp_path: Path, scene: Any) -> None:
     choose(panel, data, tmp_path / "run", 2.5)
+    panel.ui.synthesiseCheckBox.click()
+    settle(lambda: not panel._data.busy)
     folders = list(panel.parameters.folders)
     path = tmp_path / "scene.mrml"
     scene.SetURL(str(path))
     scene.Commit()
     scene.Clear(False)
-    assert panel.parameters.folders == []
+    assert panel.parameters.folders == [] and not panel.ui.synthesiseCheckBox.checked
     scene.SetURL(str(path))
     scene.Connect()
     assert panel.parameters.folders == folders and panel.ui.lengthSpinBox.value == 2.5
+    assert panel.ui.synthesiseCheckBox.checked
+    settle(lambda: not panel._data.busy)
+
+
+def test_the_device_stays_with_the_machine(panel: Any, open_panel: Callable[[str], Any]) -> None:
+    pick(panel.ui.deviceSelector, "cpu")
+    slicer.mrmlScene.Clear(False)
+    assert open_panel("M4oETraining").ui.deviceSelector.currentData == "cpu"
 
 
 def test_a_settings_list_of_runs_that_is_damaged_is_none(panel: Any) -> None:

@@ -1,45 +1,82 @@
 """Makes the pictures of the training guide: `python Testing/gui/training_pictures.py DATA Docs/pictures`.
 
-DATA is a data set with validation cases; the training is a miniature.
+DATA is a folder of pairs (a.nii.gz with a_label.nii.gz) with validation cases; the training is a miniature.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import conftest
+import slicer
 from harness.application import open_module, settle
+from harness.views import save_chart
 from pictures import photograph
 
 
-def main(source: str, target: str, length: float = 0.15) -> None:
+def main(source: str, target: str, length: float = 0.4) -> None:
     """Trains in the panel and photographs it before, during and after."""
     folder = Path(target)
     panel = open_module(conftest.ROOT / "M4oETraining" / "M4oETraining.py")
     ui = panel.ui
-    ui.dataFolderEdit.currentPath = source
-    ui.addFolderButton.click()
-    settle(lambda: not panel._data.busy, 300)
-    panel.onTimer()
+    add_data(panel, source)
     ui.runFolderEdit.currentPath = tempfile.mkdtemp(prefix="m4oe-") + "/abdomen"
     ui.presetSelector.currentIndex = 0
     ui.lengthSpinBox.value = float(length)
     photograph(panel, folder / "training-data.png", ["data"])
     ui.startButton.click()
-    settle(lambda: panel._view is not None and ui.progressBar.value > 20, 300)
+    settle(lambda: panel._view is not None and ui.progressBar.value > 20, 600)
     photograph(panel, folder / "training-running.png", ["training"])
-    settle(lambda: panel._view.state in ("finished", "failed"), 600)
+    ui.pauseButton.click()
+    settle(lambda: panel._view.state in ("paused", "failed"), 600)
+    photograph(panel, folder / "training-paused.png", ["training"])
+    ui.resumeButton.click()
+    settle(lambda: panel._view.state in ("finished", "failed"), 1800)
     photograph(panel, folder / "training-finished.png", ["training", "runs"])
+    for number, name in enumerate(("loss", "dice")):
+        ui.plotSelector.currentIndex = number
+        ui.plotButton.checked = False
+        ui.plotButton.click()
+        save_chart(slicer.modules.plots.logic().shown, folder / f"training-{name}.png")
+    ui.evaluationModelSelector.currentIndex = 0  # that of the run
     ui.evaluationImagesEdit.currentPath = ui.evaluationTruthEdit.currentPath = source
     ui.evaluationFolderEdit.currentPath = tempfile.mkdtemp(prefix="m4oe-")
     ui.evaluateButton.click()
     settle(lambda: panel._evaluation is None, 600)
     photograph(panel, folder / "training-evaluation.png", ["evaluation"])
+    ui.evaluationPlotButton.click()
+    save_chart(slicer.modules.plots.logic().shown, folder / "training-scores.png")
+    fail(panel, source)
+    photograph(panel, folder / "training-failed.png", ["training"])
     panel.cleanup()
+
+
+def add_data(panel: Any, source: str) -> None:
+    """Adds the folder and waits until it is checked."""
+    panel.ui.dataFolderEdit.currentPath = source
+    panel.ui.addFolderButton.click()
+    settle(lambda: not panel._data.busy, 300)
+    panel.onTimer()
+
+
+def fail(panel: Any, source: str) -> None:
+    """Trains on a copy of the data whose labels are damaged."""
+    damaged = Path(tempfile.mkdtemp(prefix="m4oe-"), "damaged")
+    shutil.copytree(source, damaged)
+    for path in damaged.glob("*_label.nii.gz"):
+        path.write_bytes(b"no image")
+    panel.ui.dataTable.setCurrentCell(0, 0)
+    panel.ui.removeDataButton.click()
+    add_data(panel, str(damaged))
+    panel.ui.runFolderEdit.currentPath = str(damaged.with_name("run"))
+    panel.ui.startButton.click()
+    settle(lambda: panel._view.state == "failed", 300)
 
 
 if __name__ == "__main__":

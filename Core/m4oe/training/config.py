@@ -41,6 +41,11 @@ class Stage:
             raise ValueError(f"expected steps and a learning rate above 0, got {self}")
 
 
+def addition_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages that add an expert to a model: as many steps as a new model's experts learn."""
+    return tuple(replace(stage, name="add") for stage in stages if stage.name in ("experts", "joint"))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A run, whatever its data.

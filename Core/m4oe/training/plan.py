@@ -122,7 +122,7 @@ def make_plan(
     structures = _union(usable, old.structures if old else ())
     plan = Plan(structures, usable, dict(sorted(splits.items())), left_out, seed, val, test)
     if not plan.cases("train"):
-        errors = "".join(f"; {case}: {reason}" for case, reason in list(left_out.items())[:_NAMED])
+        errors = "".join(f"; {case}: {reason.rstrip('.')}" for case, reason in list(left_out.items())[:_NAMED])
         raise ValueError(
             f"no labelled case is left for training; {len(left_out)} have errors, see m4oe data scan{errors}"
         )

@@ -16,7 +16,7 @@ from ..spec import ExpertSpec, IntensityRule, ModelSpec
 from .atlas import Atlas, load_atlas, negative_atlas
 from .cache import CaseSource, build_cache
 from .cases import CaseFiles, load_case
-from .config import TrainConfig
+from .config import TrainConfig, addition_stages
 from .loop import TrainingData
 from .phantom import MODALITIES
 from .plan import Plan
@@ -38,10 +38,11 @@ def plan_config(config: TrainConfig, plan: Plan, synthesise: bool = False) -> Tr
 
 def addition_config(config: TrainConfig, model: ModelSpec) -> TrainConfig:
     """The configuration that adds an expert to a model: on the model's grid, with its network, and as many steps."""
-    stages = tuple(replace(stage, name="add") for stage in config.stages if stage.name in ("experts", "joint"))
     experts, drop_path = model.network.experts + 1, config.network.drop_path
     network = replace(model.network, experts=experts, top_k=1, drop_path=drop_path)
-    return replace(config, network=network, stages=stages, pixel_mm=model.pixel_mm, slice_mm=model.slice_mm)
+    return replace(
+        config, network=network, stages=addition_stages(config.stages), pixel_mm=model.pixel_mm, slice_mm=model.slice_mm
+    )
 
 
 def addition_spec(config: TrainConfig, plan: Plan, model: ModelSpec, name: str) -> ModelSpec:

@@ -32,6 +32,7 @@ _LOGICS = {
     "Markups": "vtkSlicerMarkupsLogic",
     "Cameras": "vtkSlicerCamerasModuleLogic",
 }
+_DATA = (slicer.vtkMRMLDisplayableNode, slicer.vtkMRMLTableNode)  # nodes that get an item in the subject hierarchy
 PLOT_LAYOUT = 36
 
 
@@ -93,7 +94,9 @@ class ExtensionsManagerModel:
     def isExtensionInstalled(self, name: str) -> bool:
         return name in self.installed
 
-    def installExtensionFromServer(self, name: str, *arguments: Any) -> bool:
+    def installExtensionFromServer(self, name: str, restart: bool = True, update: bool = False) -> bool:
+        if restart:
+            raise AssertionError("Slicer would restart here, without asking for the scene")
         self.installed.append(name)
         return True
 
@@ -194,7 +197,7 @@ def boot() -> tuple[Any, Any]:
 @vtk.calldata_type(vtk.VTK_OBJECT)
 def _add_to_hierarchy(scene: Any, event: str, node: Any) -> None:
     """Slicer's subject hierarchy plugins give each data node an item; the wheel has none of them."""
-    if isinstance(node, slicer.vtkMRMLDisplayableNode | slicer.vtkMRMLTableNode) and not node.GetHideFromEditors():
+    if isinstance(node, _DATA) and not node.GetHideFromEditors():
         tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
         if tree is not None and not tree.GetItemByDataNode(node):
             tree.CreateItem(tree.GetSceneItemID(), node)
@@ -203,7 +206,7 @@ def _add_to_hierarchy(scene: Any, event: str, node: Any) -> None:
 @vtk.calldata_type(vtk.VTK_OBJECT)
 def _remove_from_hierarchy(scene: Any, event: str, node: Any) -> None:
     tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
-    item = tree.GetItemByDataNode(node) if tree is not None and isinstance(node, slicer.vtkMRMLDisplayableNode) else 0
+    item = tree.GetItemByDataNode(node) if tree is not None and isinstance(node, _DATA) else 0
     if item:
         tree.RemoveItem(item, False, False)
 

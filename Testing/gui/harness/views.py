@@ -1,4 +1,4 @@
-"""Slice and 3D views drawn off screen by Slicer's own displayable managers, for pictures."""
+"""Slice, 3D and plot views drawn off screen, for pictures: the first two by Slicer's own displayable managers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from typing import Any
 import slicer
 import vtk
 
-_IN_SLICES = ("vtkMRMLSegmentationsDisplayableManager2D",)
-_IN_3D = (
-    "vtkMRMLCameraDisplayableManager",
-    "vtkMRMLViewDisplayableManager",
-    "vtkMRMLSegmentationsDisplayableManager3D",
-)
-
 
 class _View:
-    def __init__(self, size: tuple[int, int], factory: Any, managers: tuple[str, ...]) -> None:
-        logic = slicer.app.applicationLogic()
+    """A view with a node and a logic of its own.
+
+    Attributes:
+        kind: The word of its logic and node in MRML's names.
+        factory: Class that makes its displayable managers.
+        managers: Their classes.
+    """
+
+    kind: str
+    factory: Any
+    managers: tuple[str, ...]
+
+    def __init__(self, name: str, size: tuple[int, int] = (500, 500)) -> None:
+        application, factory = slicer.app.applicationLogic(), self.factory.GetInstance()
+        self._size = size
         self.renderer = vtk.vtkRenderer()
         self.window = vtk.vtkRenderWindow()
         self.window.SetOffScreenRendering(1)
@@ -28,47 +34,39 @@ class _View:
         self._interactor = vtk.vtkRenderWindowInteractor()
         self._interactor.SetRenderWindow(self.window)
         self._interactor.Initialize()
-        factory.SetMRMLApplicationLogic(logic)
-        for manager in managers:
+        factory.SetMRMLApplicationLogic(application)
+        for manager in self.managers:
             if not factory.IsDisplayableManagerRegistered(manager):
                 factory.RegisterDisplayableManager(manager)
         self._group = slicer.vtkMRMLDisplayableManagerGroup()
         self._group.SetRenderer(self.renderer)
         self._group.Initialize(factory, self.renderer)
-
-    def show(self, node: Any) -> None:
-        node.SetMappedInLayout(1)
-        self._group.SetMRMLDisplayableNode(node)
+        self.logic = getattr(slicer, f"vtkMRML{self.kind}Logic")()
+        self.logic.SetMRMLApplicationLogic(application)
+        getattr(application, f"Get{self.kind}Logics")().AddItem(self.logic)
+        self.logic.SetMRMLScene(slicer.mrmlScene)
+        self.node = getattr(self.logic, f"Add{self.kind}Node")(name)
+        self.node.SetMappedInLayout(1)
+        self._group.SetMRMLDisplayableNode(self.node)
 
     def save(self, path: Path) -> None:
         """Writes what the view shows as PNG."""
         self._interactor.Render()
-        picture = vtk.vtkWindowToImageFilter()
-        picture.SetInput(self.window)
-        picture.ReadFrontBufferOff()
-        picture.Update()
-        writer = vtk.vtkPNGWriter()
-        writer.SetFileName(str(path))
-        writer.SetInputConnection(picture.GetOutputPort())
-        writer.Write()
+        _write(self.window, path)
 
 
 class SliceView(_View):
     """A slice of a volume with the segmentations over it."""
 
-    def __init__(self, volumeNode: Any, name: str, orientation: str, size: tuple[int, int] = (500, 500)) -> None:
-        super().__init__(size, slicer.vtkMRMLSliceViewDisplayableManagerFactory.GetInstance(), _IN_SLICES)
-        logic = slicer.app.applicationLogic()
+    kind = "Slice"
+    factory = slicer.vtkMRMLSliceViewDisplayableManagerFactory
+    managers = ("vtkMRMLSegmentationsDisplayableManager2D",)
+
+    def show(self, volumeNode: Any, orientation: str) -> None:
         self.renderer.GetActiveCamera().ParallelProjectionOn()
-        self.logic = slicer.vtkMRMLSliceLogic()
-        self.logic.SetMRMLApplicationLogic(logic)
-        logic.GetSliceLogics().AddItem(self.logic)
-        self.logic.SetMRMLScene(slicer.mrmlScene)
-        node = self.logic.AddSliceNode(name)
-        node.SetOrientation(orientation)
-        self.show(node)
+        self.node.SetOrientation(orientation)
         self.logic.GetSliceCompositeNode().SetBackgroundVolumeID(volumeNode.GetID())
-        self.logic.ResizeSliceNode(*size)
+        self.logic.ResizeSliceNode(*self._size)
         self.logic.FitSliceToBackground()
         mapper = vtk.vtkImageMapper()
         mapper.SetColorWindow(255)
@@ -81,21 +79,19 @@ class SliceView(_View):
 
 
 class ThreeDView(_View):
-    """The surfaces of the segmentations, from the front."""
+    """The surfaces of the segmentations."""
 
-    def __init__(self, name: str, size: tuple[int, int] = (500, 500)) -> None:
-        super().__init__(size, slicer.vtkMRMLThreeDViewDisplayableManagerFactory.GetInstance(), _IN_3D)
-        logic = slicer.app.applicationLogic()
-        self.logic = slicer.vtkMRMLViewLogic()
-        self.logic.SetMRMLApplicationLogic(logic)
-        logic.GetViewLogics().AddItem(self.logic)
-        self.logic.SetMRMLScene(slicer.mrmlScene)
-        node = self.logic.AddViewNode(name)
-        node.SetBoxVisible(False)
-        node.SetAxisLabelsVisible(False)
-        self.show(node)
+    kind = "View"
+    factory = slicer.vtkMRMLThreeDViewDisplayableManagerFactory
+    managers = (
+        "vtkMRMLCameraDisplayableManager",
+        "vtkMRMLViewDisplayableManager",
+        "vtkMRMLSegmentationsDisplayableManager3D",
+    )
 
     def look_from_the_front(self) -> None:
+        self.node.SetBoxVisible(False)
+        self.node.SetAxisLabelsVisible(False)
         self.renderer.ResetCamera()
         camera = self.renderer.GetActiveCamera()
         focus, distance = camera.GetFocalPoint(), camera.GetDistance()
@@ -104,3 +100,51 @@ class ThreeDView(_View):
         self.renderer.ResetCamera()
         camera.Zoom(1.2)
         self.renderer.ResetCameraClippingRange()
+
+
+def save_chart(chart: Any, path: Path, size: tuple[int, int] = (700, 420)) -> None:
+    """Writes a chart node as PNG, drawn as Slicer's plot view would: VTK's chart in the look of the series nodes.
+
+    The plot view itself is a widget of Slicer, which is not here.
+    """
+    view, drawn = vtk.vtkContextView(), vtk.vtkChartXY()
+    window = view.GetRenderWindow()
+    window.SetOffScreenRendering(1)
+    window.SetMultiSamples(0)
+    window.SetSize(*size)
+    view.GetRenderer().SetBackground(1, 1, 1)
+    view.GetScene().AddItem(drawn)
+    drawn.SetTitle(chart.GetTitle())
+    drawn.SetShowLegend(chart.GetLegendVisibility())
+    drawn.GetBackgroundBrush().SetColor(255, 253, 246)
+    for axis, title in ((vtk.vtkAxis.BOTTOM, chart.GetXAxisTitle()), (vtk.vtkAxis.LEFT, chart.GetYAxisTitle())):
+        drawn.GetAxis(axis).SetTitle(title or "")
+    if not chart.GetXAxisRangeAuto():
+        drawn.GetAxis(vtk.vtkAxis.BOTTOM).SetBehavior(vtk.vtkAxis.FIXED)
+        drawn.GetAxis(vtk.vtkAxis.BOTTOM).SetRange(*chart.GetXAxisRange())
+    for number in range(chart.GetNumberOfPlotSeriesNodes()):
+        series = chart.GetNthPlotSeriesNode(number)
+        isBar = series.GetPlotType() == series.PlotTypeBar
+        plot = drawn.AddPlot(vtk.vtkChart.BAR if isBar else vtk.vtkChart.LINE)
+        plot.SetUseIndexForXSeries(isBar)
+        x = series.GetYColumnName() if isBar else series.GetXColumnName()
+        plot.SetInputData(series.GetTableNode().GetTable(), x, series.GetYColumnName())
+        plot.SetLabel(series.GetName())
+        plot.SetColorF(*series.GetColor())
+        plot.SetWidth(series.GetLineWidth())
+        if not isBar:
+            plot.SetMarkerStyle(series.GetMarkerStyle())  # the same numbers in VTK and MRML
+            plot.SetMarkerSize(series.GetMarkerSize())
+    view.Render()
+    _write(window, path)
+
+
+def _write(window: Any, path: Path) -> None:
+    picture = vtk.vtkWindowToImageFilter()
+    picture.SetInput(window)
+    picture.ReadFrontBufferOff()
+    picture.Update()
+    writer = vtk.vtkPNGWriter()
+    writer.SetFileName(str(path))
+    writer.SetInputConnection(picture.GetOutputPort())
+    writer.Write()

@@ -1,0 +1,222 @@
+"""The panel M4oETraining with commands that only seem to run: what goes wrong, and what must stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import qt
+import slicer
+import slicer.util
+from harness.application import Dialogs
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch, panel: Any) -> list[str]:
+    """Folders that were scanned, by a command that finds one case with a liver at once."""
+    from M4oETrainingLib import Data
+
+    scanned: list[str] = []
+
+    class Scan:
+        def __init__(self, command: list[str], environment: Any) -> None:
+            scanned.append(command[command.index("scan") + 1])
+            found = {"cases": [{"volumes_ml": {"liver": 1}}], "findings": []}
+            text = json.dumps({"datasets": [found]})
+            Path(command[command.index("--json") + 1]).write_text(text, encoding="utf-8")
+
+        def done(self) -> bool:
+            return True
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(Data, "Process", Scan)
+    return scanned
+
+
+@pytest.fixture
+def panel(open_panel: Callable[[str], Any]) -> Any:
+    widget = open_panel("M4oETraining")
+    widget._timer.stop()
+    return widget
+
+
+def a_run(folder: Path) -> Path:
+    """A run that ended long ago."""
+    folder.mkdir(exist_ok=True)
+    facts = {"command": ["m4oe"], "pid": 0, "birth": ""}
+    (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / "events.jsonl").write_text(json.dumps({"event": "paused"}) + "\n", encoding="utf-8")
+    qt.QSettings().setValue("M4oE/runs", json.dumps([str(folder)]))
+    return folder
+
+
+def add(panel: Any, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    panel.ui.dataFolderEdit.currentPath = str(folder)
+    panel.ui.addFolderButton.click()
+    for _ in range(4):
+        panel.onTimer()
+
+
+def rows(panel: Any) -> list[str]:
+    table = panel.ui.dataTable
+    return [Path(table.item(row, 0).text()).name + " " + table.item(row, 2).text() for row in range(table.rowCount)]
+
+
+def count(kind: str) -> int:
+    return len(slicer.util.getNodesByClass(kind))
+
+
+def a_volume(name: str) -> Any:
+    array = np.full((2, 3, 4), -1000, np.int16)
+    return slicer.util.addVolumeFromArray(array, ijkToRAS=np.eye(4), name=name)
+
+
+def segment(volume: Any) -> Any:
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    segment = node.GetSegmentation().AddEmptySegment("liver", "liver")
+    slicer.util.updateSegmentBinaryLabelmapFromArray(np.ones((2, 3, 4), np.uint8), node, segment, volume)
+    return node
+
+
+def test_a_folder_is_scanned_once(panel: Any, scans: list[str], tmp_path: Path) -> None:
+    add(panel, tmp_path / "a")
+    add(panel, tmp_path / "b")
+    panel.ui.dataTable.setCurrentCell(0, 0)
+    panel.ui.removeDataButton.click()
+    panel.onTimer()
+    assert [Path(folder).name for folder in scans] == ["a", "b"]
+    assert rows(panel) == ["b Liver (1)"]
+    add(panel, tmp_path / "b")
+    assert len(scans) == 3
+
+
+def test_a_removed_folder_is_not_scanned(panel: Any, scans: list[str], tmp_path: Path) -> None:
+    panel.parameters.folders = [str(tmp_path)]
+    panel._data.show()
+    panel.ui.dataTable.setCurrentCell(0, 0)
+    panel.ui.removeDataButton.click()
+    panel.onTimer()
+    assert scans == [] and rows(panel) == [] and not panel._data.busy
+
+
+def test_the_data_of_a_loaded_scene_are_listed(panel: Any, scans: list[str], tmp_path: Path, scene: Any) -> None:
+    add(panel, tmp_path / "a")
+    scene.SetURL(str(tmp_path / "scene.mrml"))
+    scene.Commit()
+    scene.Clear(False)
+    assert rows(panel) == []
+    scene.SetURL(str(tmp_path / "scene.mrml"))
+    scene.Connect()
+    assert rows(panel)[0].startswith("a ")
+
+
+def test_data_are_not_sought_on_another_machine(panel: Any, tmp_path: Path) -> None:
+    qt.QSettings().setValue("M4oE/worker", "ssh")
+    qt.QSettings().setValue("M4oE/host", "gpu1")
+    add(panel, tmp_path)
+    assert "This runs on this machine" in panel.ui.findingsLabel.text
+    assert panel.ui.dataTable.item(0, 3).text() == "cannot be used"
+
+
+def test_volumes_of_one_name_are_different_cases(panel: Any, tmp_path: Path) -> None:
+    from M4oETrainingLib import Scene
+
+    for _ in range(2):
+        segment(a_volume("CT"))
+    assert Scene.export(str(tmp_path), "CT", "") == (2, [], [])
+    assert {path.name for path in tmp_path.glob("*.nii.gz")} >= {"CT.nii.gz", "CT_2.nii.gz"}
+    assert Scene.export(str(tmp_path), "CT", "")[2] == ["CT", "CT_2"]
+
+
+def test_two_segmentations_of_a_volume_are_refused(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
+    volume = a_volume("CT")
+    segment(volume)
+    segment(volume)
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path)
+    panel.ui.addSceneButton.click()
+    assert "'CT' has several segmentations" in dialogs.errors[0]
+    assert not list(tmp_path.glob("*.nii.gz"))
+
+
+def test_a_damaged_run_does_not_keep_the_panel_from_opening(open_panel: Callable[[str], Any], tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    whole = (run / "run.json").read_text(encoding="utf-8")
+    (run / "run.json").write_text("", encoding="utf-8")
+    panel = open_panel("M4oETraining")
+    assert panel.ui.runSelector.count == 0
+    (run / "run.json").write_text(whole, encoding="utf-8")
+    panel.enter()
+    assert panel.ui.runSelector.currentData == str(run)
+
+
+def test_a_run_whose_folder_is_away_is_told_and_found_again(
+    open_panel: Callable[[str], Any], tmp_path: Path, dialogs: Dialogs
+) -> None:
+    run = a_run(tmp_path / "run")
+    panel = open_panel("M4oETraining")
+    assert panel.ui.resumeButton.enabled
+    shutil.move(run, tmp_path / "away")
+    panel.onTimer()
+    assert panel.ui.statusLabel.text.startswith("The run cannot be read")
+    assert panel.ui.forgetButton.enabled and not panel.ui.resumeButton.enabled
+    shutil.move(tmp_path / "away", run)
+    panel.onTimer()
+    assert panel.ui.statusLabel.text == "Paused" and dialogs.errors == []
+
+
+def test_an_estimate_can_be_cancelled(panel: Any, dialogs: Dialogs) -> None:
+    panel._command = lambda *more: [sys.executable, "-c", "import time; time.sleep(600)"]
+    panel.ui.estimateButton.click()
+    panel.onTimer()
+    process = panel._estimate
+    assert not panel.ui.startButton.enabled
+    panel.ui.estimateButton.click()
+    panel.onTimer()
+    assert panel.ui.startButton.enabled and dialogs.errors == []
+    assert process._process.wait(60) != 0
+
+
+def test_an_evaluation_is_not_mixed_with_an_earlier_one(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
+    (tmp_path / "segmentations").mkdir()
+    ui = panel.ui
+    for edit in (ui.evaluationImagesEdit, ui.evaluationTruthEdit, ui.evaluationFolderEdit):
+        edit.currentPath = str(tmp_path)
+    ui.evaluateButton.click()
+    assert "holds an evaluation already. Choose another folder." in dialogs.errors[0]
+
+
+def test_a_base_model_that_is_not_installed_is_shown(panel: Any) -> None:
+    panel.parameters.baseModel = "/gone/mine.safetensors"
+    panel.enter()
+    assert panel.ui.baseModelSelector.currentText == "mine"
+
+
+def test_curves_go_with_the_panel_and_leave_nothing(open_panel: Callable[[str], Any], tmp_path: Path) -> None:
+    a_run(tmp_path / "run")
+    panel = open_panel("M4oETraining")
+    panel.ui.plotButton.click()
+    slicer.mrmlScene.RemoveNode(panel._view.curves["loss"].chart)
+    panel.onPlot()
+    assert (count("vtkMRMLPlotChartNode"), count("vtkMRMLTableNode")) == (1, 1)
+    panel.cleanup()
+    assert (count("vtkMRMLPlotChartNode"), count("vtkMRMLTableNode")) == (0, 0)
+
+
+def test_bars_are_drawn_once(panel: Any) -> None:
+    from M4oETrainingLib.Evaluation import Evaluation
+
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.scores, evaluation._nodes = {"Liver": 0.9}, []
+    evaluation.plot()
+    evaluation.plot()
+    assert count("vtkMRMLPlotChartNode") == 1
