@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .labels import structure
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, read_spec
-from .terminal import FAILURES, count, keys, one_line, prepare_folder, progress_bar, say, say_error
+from .terminal import FAILURES, count, one_line, prepare_folder, progress_bar, say, say_error, structures
 
 if TYPE_CHECKING:
     from .geometry import Volume
@@ -125,7 +125,7 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="file or name; default: %(default)s")
     parser.add_argument("--expert", default="auto", metavar="NAME", help="auto, or an expert to overrule the gate")
     parser.add_argument(
-        "--structures", type=keys, metavar="KEY,KEY", help="structures to keep; default: all of the model"
+        "--structures", type=structures, metavar="KEY,KEY", help="to keep, by key or name; default: all of the model"
     )
     parser.add_argument("--frame", type=int, metavar="N", help="frame of 4-D volumes, from 0; 3-D ones have but one")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
@@ -163,14 +163,11 @@ def _segment(options: argparse.Namespace) -> int:
 def _sum_up(outcomes: Counter[str], total: int, options: argparse.Namespace, voice: Voice) -> int:
     """Says what came of all inputs, and gives back the exit code."""
     done, there = outcomes["done"], outcomes["there"]
-    skipped = outcomes["skipped"]
-    parts = [f"{done} of {total} segmented"]
-    parts += [f"{skipped} skipped"] if skipped else []
-    parts += [f"{there} skipped as done before"] if there else []
-    voice.result(", ".join(parts) + (f"; results are in {options.output}" if done + there else ""))
-    missing = total - done - there - skipped
-    voice.event("end", done=done, failed=missing, skipped=skipped + there + outcomes["label map"])
-    return int(done + there == 0 or missing > 0)
+    skipped, failed = there + outcomes["skipped"] + outcomes["label map"], total - done - there - outcomes["skipped"]
+    where = f"; results are in {options.output}" if done + there else ""
+    voice.result(f"{done} done, {skipped} skipped, {failed} failed{where}")
+    voice.event("end", done=done, failed=failed, skipped=skipped)
+    return int(done + there == 0 or failed > 0)
 
 
 # What there is to segment
@@ -434,7 +431,7 @@ def segment_volume(
     entry = {"input": str(source.absolute()), "files": [path.name for path in written], **asdict(report)}
     asked = {"expert": options.expert, "structures": options.structures, "frame": options.frame}
     _record(options.output, name, entry | {"asked": asked | {"quality": options.quality}}, voice)
-    found = count(len(report.volumes_ml), "structure")
+    found = count(sum(found_ml > 0 for found_ml in report.volumes_ml.values()), "structure")
     voice.result(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s")
     for warning in report.warnings:
         voice.say(f"m4oe: warning: {name}: {warning}")
@@ -457,8 +454,8 @@ def _experts(report: Report) -> str:
     used = {key: weight for key, weight in report.expert_weights.items() if weight >= 0.005}
     names = ", ".join(used if len(used) == 1 else [f"{key} {weight:.0%}" for key, weight in used.items()])
     sure = "".join(f" ({report.gate[key]:.0%})" for key in used) if len(used) == 1 and report.gate else ""
-    chosen = {"user": ", as you named it", "modality": " by header or HU", "gate": f" by the gate{sure}"}
-    return f"expert {names}{chosen.get(report.chosen_by, '')}"
+    by = {"user": "you", "modality": "the header or HU", "gate": f"the gate{sure}"}.get(report.chosen_by)
+    return f"expert {names}{f', chosen by {by}' if by else ''}"
 
 
 def draw(
@@ -532,7 +529,7 @@ def _entries(folder: Path) -> dict[str, Any]:
 
 
 def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row per case and structure; a case that failed, or where nothing was found, has one without a structure.
+    """A row per case and structure that was asked for; a case that failed has one without a structure.
 
     The note of a row has the flags of its structure, that of a case's first row also the warnings of the case.
     """
@@ -543,7 +540,8 @@ def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
         experts = " ".join(key for key, weight in entry.get("expert_weights", {}).items() if weight >= 0.005)
         about, warnings = (experts, entry.get("model", "")), tuple(entry.get("warnings", ()))
         for number, (key, volume) in enumerate(volumes.items()):
-            notes = (*entry.get("flags", {}).get(key, ()), *(warnings if number == 0 else ()))
+            flags = entry.get("flags", {}).get(key, ()) if volume else ("not found",)
+            notes = (*flags, *(warnings if number == 0 else ()))
             rows.append((case, key, structure(key).name, f"{volume:.2f}", *about, "; ".join(notes)))
         if failed:
             rows.append((case, "", "", "", "", "", failed))

@@ -199,7 +199,7 @@ def test_resume_does_only_what_is_missing(segment: Segment, tmp_path: Path, caps
     told = [(event["event"], event.get("case")) for event in events(capsys) if event["event"] != "progress"]
     assert told == [("skipped", "a"), ("case", "b"), ("done", "b"), ("skipped", "c"), ("end", None)]
     assert segment(*inputs, "--resume") == 0
-    assert capsys.readouterr().out.startswith("0 of 3 segmented, 3 skipped as done before")
+    assert capsys.readouterr().out.startswith("0 done, 3 skipped, 0 failed")
 
 
 @pytest.mark.parametrize("option", [("--expert", "mr"), ("--structures", "liver"), ("--format", "mha"), ("--preview",)])
@@ -210,7 +210,7 @@ def test_resume_does_again_what_was_asked_otherwise(
     segment(source)
     capsys.readouterr()
     assert segment(source, "--resume", *option) == 0
-    assert "1 of 1 segmented;" in capsys.readouterr().out
+    assert "1 done, 0 skipped, 0 failed;" in capsys.readouterr().out
 
 
 def test_resume_tries_again_what_failed(segment: Segment, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_fault_of_ours_in_one_case_stops_no_other_and_is_in_the_log(
     lines = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S* ", line) for line in lines)
     text = "\n".join(lines)
-    assert "Traceback" in text and "1/2 a ..." in text and "1 of 2 segmented" in text
+    assert "Traceback" in text and "1/2 a ..." in text and "1 done, 0 skipped, 1 failed" in text
 
 
 def test_a_full_disk_is_not_blamed_on_the_input(
