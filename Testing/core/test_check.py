@@ -206,3 +206,14 @@ def test_real_volumes_have_the_headers_that_reading_finds(shared_data: Path) -> 
 def test_a_histogram_counts_in_equal_bins() -> None:
     assert histogram([1, 1.5, 2, 5, 6]) == "1 to 6, median 2:  2 | 1 | 0 | 0 | 2"
     assert histogram([3, 3]) == "3, all alike"
+
+
+def test_hounsfield_units_prove_a_ct_whatever_was_said(a_case: Callable[..., CaseFiles], saved: Saved) -> None:
+    case = a_case(organs())
+    hu = np.full((4, 4, 4), 40)
+    hu[0] = -1000
+    saved(case.image, hu, np.int16, spacing=(40.0, 40.0, 40.0))
+    report = check_case(replace(case, modality=None))
+    assert report.is_usable and report.modality == "CT"
+    assert "said to be MR, but its header or HU say CT" in found(replace(case, modality="MR"), "warning")
+    assert check_case(replace(case, modality="MR")).modality == "MR"
