@@ -53,9 +53,9 @@ def add_sources(
 ) -> None:
     """Adds the folders of data sets to a command, and what to say of data of your own."""
     parser.add_argument("folders", nargs=count, type=Path, metavar="FOLDER", help=sources)
-    parser.add_argument("--labels", metavar="FILE", help="of your own data: CSV, JSON, or 1=liver,2=spleen")
+    parser.add_argument("--labels", metavar="FILE", help="of your own data: CSV, JSON, or 1=liver,2=spleen,3-9=-")
     parser.add_argument("--modality", choices=("CT", "MR"), help="of your own data")
-    parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_t2")
+    parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_dixon")
 
 
 def _scan(options: argparse.Namespace) -> int:

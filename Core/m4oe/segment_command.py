@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .labels import structure
+from .names import read_rows
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, read_spec
 from .terminal import FAILURES, count, one_line, prepare_folder, progress_bar, say, say_error, structures
 
@@ -234,11 +235,10 @@ def _expand(case: _Case, named: set[Path], voice: Voice, outcomes: Counter[str])
 def _read_table(table: Path) -> list[_Case | tuple[str, Exception]]:
     """The cases of a table, or for a row that says none its case and error; paths are relative to the table."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns, lines = reader.fieldnames or [], list(reader)
+        reader = read_rows(table)
+        columns, lines = reader.fieldnames or [], list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table} is no table in UTF-8 ({error}); save it as CSV in UTF-8, with commas") from error
+        raise ValueError(f"{table} is no table in UTF-8 ({error}); save it as CSV in UTF-8") from error
     if "input" not in columns:
         came = ", ".join(columns) or "none"
         raise ValueError(f"{table} has the columns {came}; expected input and, if wanted, case, expert, frame")
@@ -412,9 +412,11 @@ def read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
 
     target = options.output / f"{name}.{options.format}"
     if target.exists() and target.samefile(path):
-        raise ValueError(f"{path}: its result would replace it; choose another folder or another --format")
+        raise ValueError(f"{path}: its result would replace it; choose another folder or format (--format)")
     if options.format == "dcm" and not is_dicom(path):
-        raise ValueError(f"{path} is not DICOM, and DICOM SEG needs the series it was made of; choose another --format")
+        raise ValueError(
+            f"{path} is not DICOM, and DICOM SEG needs the series it was made of; choose another format (--format)"
+        )
     volume = read_series(path) if path.is_file() and is_dicom(path) else read_volume(path, options.frame)
     return replace(volume, warnings=(*volume.warnings, _LABEL_MAP)) if is_label_map(path, volume) else volume
 

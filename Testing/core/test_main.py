@@ -369,7 +369,7 @@ def test_label_maps_in_a_folder_are_skipped_and_named(segment: Command, tmp_path
     labels = [a_label_map(folder / name) for name in ("CT_label.nii.gz", "atlas.nrrd")]
     assert segment(folder) == 0
     output, errors = capsys.readouterr()
-    assert set(reports(tmp_path / "out")) == {"CT"} and "1 done, 1 skipped, 0 failed; results" in output
+    assert set(reports(tmp_path / "out")) == {"CT"} and "1 done, 2 skipped, 0 failed; results" in output
     assert all(f"skipped {path}: it is a label map; name the file itself" in errors for path in labels)
     assert segment(folder, *labels) == 0
     errors = capsys.readouterr().err
@@ -509,7 +509,7 @@ def test_a_result_never_replaces_an_input(model: Path, tmp_path: Path, capsys: C
     options = ["-o", str(tmp_path / "x" / ".."), "--model", str(model)]
     (tmp_path / "x").mkdir()
     assert main(["segment", str(source), "--format", "nii.gz", *options]) == 1
-    check_error(capsys, source, "another --format")
+    check_error(capsys, source, "another folder or format")
     assert source.read_bytes() == before and names(tmp_path) == [
         "CT.nii.gz",
         "log.txt",

@@ -164,6 +164,13 @@ def test_a_table_that_cannot_be_read_is_named(
     assert message in capsys.readouterr().err
 
 
+def test_a_table_may_have_semicolons_and_a_byte_order_mark(segment: Segment, tmp_path: Path) -> None:
+    saved(tmp_path / "CT.mha")
+    (tmp_path / "cases.csv").write_text("input;case\nCT.mha;one, two\n", encoding="utf-8-sig")
+    assert segment(tmp_path / "cases.csv") == 0
+    assert list(reports(tmp_path / "out")) == ["one, two"]
+
+
 def test_a_name_that_a_table_gives_twice_is_refused(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
     rows = [{"input": str(saved(tmp_path / name)), "case": "same"} for name in ("a.mha", "b.mha")]
     assert segment(a_table(tmp_path / "cases.csv", *rows)) == 2

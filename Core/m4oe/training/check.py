@@ -147,7 +147,12 @@ def _check_modality(case: CaseFiles, image: Volume, findings: list[tuple[str, st
     """The modality that its data set says or its header or HU prove; adds what is odd about it."""
     evidence = modality_evidence(image)
     if case.modality is None and not evidence.certain:
-        findings.append(("error", "Its modality is not known: say CT or MR for all (--modality) or in cases.csv."))
+        findings.append(
+            (
+                "error",
+                "Its modality is not known; say CT or MR (--modality, or Modality in the panel; or in cases.csv).",
+            )
+        )
     elif case.modality is None:
         findings.append(("note", f"Its header or HU say {evidence.modality}."))
         return evidence.modality
@@ -173,7 +178,8 @@ def _check_label(case: CaseFiles, grid: Grid, findings: list[tuple[str, str]]) -
     found = find_structures(labels, case.labels)
     if found.unknown:
         values = ", ".join(map(str, found.unknown[:9]))
-        findings.append(("error", f"Its label holds {values}, which its data set gives no meaning."))
+        cure = "name them in the label values, or give - for none of the named structures, as in 3-9=-"
+        findings.append(("error", f"Its label holds {values}, which nothing gives a meaning: {cure}."))
     elif not found.voxels:
         findings.append(("warning", "Its label is empty."))
     volumes = {key: voxels * grid.voxel_ml for key, voxels in found.voxels.items()}

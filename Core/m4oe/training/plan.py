@@ -116,7 +116,7 @@ def make_plan(
     check_experts(case for dataset in usable for case in dataset.cases)
     sharing, findings = _sharing(usable)
     if sharing and not share:
-        raise ValueError(f"{'; '.join(sharing.values())}; leave one out, or train on both with --share")
+        raise ValueError(f"{'; '.join(sharing.values())}; leave one out, or plan with --share: then all of them train")
     splits = {
         **_splits(usable, {name for pair in sharing for name in pair}, seed, val, test),
         **(old.splits if old else {}),
@@ -128,7 +128,7 @@ def make_plan(
     if not plan.cases("train"):
         errors = "".join(f"; {case}: {reason}" for case, reason in list(left_out.items())[:_NAMED])
         raise ValueError(
-            f"no labelled case is left for training; {len(left_out)} have errors, see m4oe data scan{errors}"
+            f"no labelled case is left for training; {len(left_out)} have errors, see the check of the data{errors}"
         )
     return plan, [*findings, *_remarks(plan)]
 
