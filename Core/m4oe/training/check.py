@@ -147,12 +147,8 @@ def _check_modality(case: CaseFiles, image: Volume, findings: list[tuple[str, st
     """The modality that its data set says or its header or HU prove; adds what is odd about it."""
     evidence = modality_evidence(image)
     if case.modality is None and not evidence.certain:
-        findings.append(
-            (
-                "error",
-                "Its modality is not known; say CT or MR (--modality, or Modality in the panel; or in cases.csv).",
-            )
-        )
+        cure = "say CT or MR (--modality, or Modality in the panel; or in cases.csv)"
+        findings.append(("error", f"Its modality is not known; {cure}."))
     elif case.modality is None:
         findings.append(("note", f"Its header or HU say {evidence.modality}."))
         return evidence.modality
