@@ -45,13 +45,21 @@ def describe(spec: Any) -> str:
         _("<b>Licence:</b> {text}").format(text=escape(spec.licence or _("not given"))),
         _("<b>Structures:</b> {count}").format(count=len(spec.structures)),
     ]
+    phantoms, counts = "phantom" in str(spec.training.get("data")), spec.training.get("scored_cases", {})
+    unseen = _("computer-made phantoms") if phantoms else _("cases that training did not see")
+    validated = spec.training.get("scored_on_validation", ())
     for expert, scores in spec.scores.items():
         known = [value for value in scores.values() if value is not None]
         if known:
             mean = sum(known) / len(known)
+            cases = _("validation cases, which chose the weights") if expert in validated else unseen
             parts.append(
-                _("<b>Expected Dice, {expert}:</b> {mean:.2f} in the mean ({low:.2f} to {high:.2f})").format(
-                    expert=escape(expert), mean=mean, low=min(known), high=max(known)
+                _("<b>Dice, {expert}:</b> {mean:.2f} in the mean ({low:.2f} to {high:.2f}), on {cases}").format(
+                    expert=escape(expert),
+                    mean=mean,
+                    low=min(known),
+                    high=max(known),
+                    cases=f"{counts.get(expert, '')} {cases}".strip(),
                 )
             )
     return "<br>".join(part for part in parts if part)
