@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _LETTERS = 45  # that fit into the bar of the gate where the panel is narrow
 _COLORS = ("#2e6ea5", "#b3611a", "#4a7f42", "#8a4a86", "#666666")
-_MOST_ROWS = 12  # that the table shows without scrolling
+_MOST_ROWS = 16  # that the table shows without scrolling
 
 
 def header(modality: str) -> tuple[str, ...]:
@@ -55,27 +55,29 @@ def fillTable(table: Any, segmentationNode: Any, report: Report) -> None:
     segments = segmentationNode.GetSegmentation()
     table.setRowCount(len(content))
     table.setColumnCount(len(names))
-    table.setHorizontalHeaderLabels(list(names))
+    table.setHorizontalHeaderLabels([name.replace(" (", "\n(") for name in names])
     for number, cells in enumerate(content):
         for column, text in enumerate(cells):
-            item = qt.QTableWidgetItem(text)
+            item = qt.QTableWidgetItem(text.replace(", ", "\n"))  # of what is to be checked a line each
             if 0 < column < 5:
                 item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
             table.setItem(number, column, item)
         segment = segments.GetSegment(segments.GetSegmentIdBySegmentName(cells[0]))
-        if segment is not None:
-            table.item(number, 0).setIcon(colorIcon([round(255 * channel) for channel in segment.GetColor()]))
-    for column in range(len(names) - 1):  # the last takes what is left, and wraps its words
-        table.resizeColumnToContents(column)
-    table.horizontalHeader().setStretchLastSection(True)
+        color = [round(255 * channel) for channel in segment.GetColor()] if segment is not None else (0, 0, 0, 0)
+        table.item(number, 0).setIcon(colorIcon(color))
+    for column in range(len(names)):  # the last takes what is left
+        last = column == len(names) - 1
+        mode = qt.QHeaderView.Stretch if last else qt.QHeaderView.ResizeToContents
+        table.horizontalHeader().setSectionResizeMode(column, mode)
     table.verticalHeader().setVisible(False)
     table.verticalHeader().setSectionResizeMode(qt.QHeaderView.ResizeToContents)
     heights = [table.rowHeight(row) for row in range(min(len(content), _MOST_ROWS))]
-    table.setFixedHeight(sum(heights) + max(heights, default=0) + 2 * table.frameWidth)  # the header is as a row
+    headerHeight = 2 * min(heights, default=18)
+    table.setFixedHeight(sum(heights) + headerHeight + 2 * table.frameWidth)
 
 
 def colorIcon(color: Any) -> Any:
-    """A square of a colour (red, green and blue, 0 to 255)."""
+    """A square of a colour (red, green, blue and maybe opacity, 0 to 255)."""
     pixmap = qt.QPixmap(12, 12)
     pixmap.fill(qt.QColor(*color))
     return qt.QIcon(pixmap)

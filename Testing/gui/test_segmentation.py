@@ -281,10 +281,10 @@ def test_a_model_says_what_it_was_scored_on(panel: Any) -> None:
     from M4oESegmentationLib.Models import describe
 
     (spec,) = (spec for spec in panel.models.specs.values() if spec.name == "tiny")
-    assert "0.80 in the mean (0.70 to 0.90), on cases that training did not see" in describe(spec)
-    training = {"data": "computer-made phantoms", "scored_cases": {"ct": 3}}
-    assert "(0.70 to 0.90), on 3 computer-made phantoms" in describe(replace(spec, training=training))
-    assert "on validation cases" in describe(replace(spec, training={"scored_on_validation": ["ct"]}))
+    assert "Dice on cases that training did not see" in describe(spec)
+    assert "ct 0.80 (0.70 to 0.90)" in describe(spec)
+    assert "Dice on computer-made phantoms" in describe(replace(spec, training={"data": "1 CT, phantoms"}))
+    assert "Dice on validation cases" in describe(replace(spec, training={"scored_on_validation": ["ct"]}))
 
 
 def test_what_was_checked_and_not_found_has_a_row(panel: Any) -> None:
@@ -327,7 +327,7 @@ def test_the_gate_is_named_where_it_chose_and_else_alone(panel: Any) -> None:
 def test_the_table_has_units_and_cannot_be_edited(panel: Any) -> None:
     apply(panel, add_volume())
     table = panel.ui.resultsTable
-    assert table.horizontalHeaderItem(2).text() == "Mean (HU)"
+    assert table.horizontalHeaderItem(2).text() == "Mean\n(HU)"
     assert table.editTriggers == panel.ui.batchTable.editTriggers == 0
 
 
