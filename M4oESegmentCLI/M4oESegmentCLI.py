@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--expert", default="auto")
     parser.add_argument("--structures", default="")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--quality", choices=("standard", "fast"), default="standard")
     return parser
 
 
@@ -55,7 +56,9 @@ def segment(options: argparse.Namespace) -> None:
 
     predictor = Predictor(options.model, options.device)
     structures = [key.strip() for key in options.structures.split(",") if key.strip()] or None
-    labels, report = predictor(read_volume(options.inputVolume), options.expert, structures, tell)
+    labels, report = predictor(
+        read_volume(options.inputVolume), options.expert, structures, tell, quality=options.quality
+    )
     with tempfile.TemporaryDirectory() as folder:  # the colour table goes where Slicer wants it, if anywhere
         suffix = ".nii.gz" if options.outputLabelMap.endswith(".nii.gz") else Path(options.outputLabelMap).suffix
         image, table = write_segmentation(

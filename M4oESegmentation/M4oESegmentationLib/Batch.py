@@ -61,7 +61,8 @@ class Batch:
         table.setHorizontalHeaderLabels([_("Case"), _("Result")])
         table.horizontalHeader().setStretchLastSection(True)
         self._rows: dict[str, int] = {}
-        self._number, self._of = 0, 1
+        self._tableName = Path(source).stem if Path(source).suffix.lower() == ".csv" else ""
+        self._number, self._of, self._case, self._complete = 0, 1, "", False
         self.fraction, self.sentence = 0.0, _("Starting")
         self.error: str | None = None
         self.stopped = False
@@ -76,8 +77,10 @@ class Batch:
                 continue
             if isinstance(event, dict):
                 self._show(event)
-        if ended and self._process.code not in (0, 1):
+        if ended and not self._complete and self.error is None:
             self.error = self._process.lastWords()
+        if ended and self._case:
+            self._tell(self._case, _("stopped") if self.stopped else _("not finished"))
         return ended
 
     def stop(self) -> None:
@@ -87,9 +90,11 @@ class Batch:
 
     def _show(self, event: dict[str, Any]) -> None:
         case = event.get("case", "")
+        if case and event["event"] in ("done", "skipped", "failed"):
+            self._case = ""
         match event.get("event"):
             case "case":
-                self._number, self._of = event["number"], event["of"]
+                self._number, self._of, self._case = event["number"], event["of"], case
                 self._tell(case, _("working"))
                 self.sentence = _("Case {number} of {count}: {case}").format(
                     number=self._number, count=self._of, case=case
@@ -99,18 +104,19 @@ class Batch:
                 if event["phase"] == "segment":
                     self.fraction = (self._number - 1 + event["fraction"]) / self._of
             case "done":
-                found = event["report"]["volumes_ml"]
+                found = sum(volume > 0 for volume in event["report"]["volumes_ml"].values())
                 warnings = len(event["report"]["warnings"])
-                self._tell(
-                    case, _("{found} structures, {warnings} warnings").format(found=len(found), warnings=warnings)
-                )
+                self._tell(case, _("{found} structures, {warnings} warnings").format(found=found, warnings=warnings))
             case "skipped":
-                reasons = {"done": _("done before"), "label map": _("left out: it is a label map")}
-                self._tell(case, reasons.get(event["reason"], event["reason"]))
+                reasons = {"done": _("done before"), "label map": _("it is a label map")}
+                reason = reasons.get(event["reason"], event["reason"])
+                self._tell(case, _("skipped: {reason}").format(reason=reason))
+            case "failed" if case == self._tableName and self._number == 0:  # the table itself, which is no case
+                self.error = event["error"]
             case "failed":
                 self._tell(case, _("failed: {error}").format(error=event["error"]))
             case "end":
-                self.fraction = 1.0
+                self.fraction, self._complete = 1.0, True
                 self.sentence = _("{done} done, {skipped} skipped, {failed} failed").format(**event)
 
     def _tell(self, case: str, text: str) -> None:
@@ -142,9 +148,10 @@ class BatchSection:
         ui.batchStartButton.connect("clicked()", self._start)
         ui.batchStopButton.connect("clicked()", self.stop)
 
-    def showState(self, possible: bool) -> None:
-        """Enables the buttons; `possible` says whether there is a model."""
-        self._ui.batchStartButton.enabled = self.batch is None and possible
+    def showState(self, reason: str) -> None:
+        """Enables the buttons; `reason` says why no batch can be started, or is ""."""
+        self._ui.batchStartButton.enabled = self.batch is None and not reason
+        self._ui.batchStartButton.toolTip = reason or _("Segment all cases of the input")
         self._ui.batchStopButton.enabled = self.batch is not None
 
     def poll(self) -> bool:
@@ -165,24 +172,51 @@ class BatchSection:
     def _start(self) -> None:
         ui = self._ui
         with errorsShown(_("The batch could not be started.")):
-            places = (ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath)
+            source, folder, choices = ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath, self._choices()
+            if (
+                folder
+                and holdsOtherResults(folder, choices)
+                and not slicer.util.confirmOkCancelDisplay(
+                    _("{folder} holds results of another choice of model, expert, structures or quality. ").format(
+                        folder=folder
+                    )
+                    + _("Those of the same cases will be replaced. Choose another output folder to keep them. Go on?")
+                )
+            ):
+                return
             fileFormat, pictures = ui.batchFormatSelector.currentData, ui.batchPicturesCheckBox.checked
-            self.batch = Batch(ui.batchTable, *places, fileFormat, pictures, self._choices())
+            self.batch = Batch(ui.batchTable, source, folder, fileFormat, pictures, choices)
             for edit in (ui.batchInputEdit, ui.batchOutputEdit):
                 edit.addCurrentPathToHistory()
             self._changed()
 
     def _end(self) -> None:
         batch, self.batch = self.batch, None
-        if batch.error:
-            self._ui.batchStatusLabel.text = _("The batch ended early; start it again to go on.")
-            if not batch.stopped:
-                slicer.util.errorDisplay(_("The batch ended early.") + f"\n\n{batch.error}")
+        if batch.error and batch.stopped:
+            self._ui.batchStatusLabel.text = _("Stopped; start it again to go on.")
+        elif batch.error:
+            self._ui.batchStatusLabel.text = _("The batch failed: {reason}").format(reason=batch.error.splitlines()[-1])
+            slicer.util.errorDisplay(_("The batch failed.") + f"\n\n{batch.error}")
         self._changed()
 
     def _takeSelection(self) -> None:
         with errorsShown(_("The selection cannot be taken.")):
             self._ui.batchInputEdit.currentPath = tableOfSelectedSeries()
+
+
+def holdsOtherResults(folder: str, choices: Choices) -> bool:
+    """Whether there are results of other choices, which a batch replaces; an expert named in a table is another one."""
+    from m4oe.spec import find_model, read_spec
+
+    spec = read_spec(find_model(choices.model))
+    wanted = (f"{spec.name} {spec.version}", choices.expert, set(choices.structures), choices.quality)
+    try:
+        entries = json.loads(Path(folder, "volumes.json").read_text(encoding="utf-8"))
+        results = [(entry["model"], entry["asked"]) for entry in entries.values() if "files" in entry]
+        there = [(model, asked["expert"], set(asked["structures"] or ()), asked["quality"]) for model, asked in results]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or not ours, which the batch says
+        return False
+    return any(result != wanted for result in there)
 
 
 def tableOfSelectedSeries() -> str:

@@ -45,16 +45,27 @@ def describe(spec: Any) -> str:
         _("<b>Licence:</b> {text}").format(text=escape(spec.licence or _("not given"))),
         _("<b>Structures:</b> {count}").format(count=len(spec.structures)),
     ]
+    for cases, scores in _scores(spec).items():
+        parts.append(
+            _("<b>Dice on {cases}, mean (lowest to highest):</b> {scores}").format(
+                cases=cases, scores=", ".join(scores)
+            )
+        )
+    return "<br>".join(part for part in parts if part)
+
+
+def _scores(spec: Any) -> dict[str, list[str]]:
+    """The scores of the experts, by what they were scored on: these say little of patients where it was phantoms."""
+    phantoms, validated = "phantom" in str(spec.training.get("data")), spec.training.get("scored_on_validation", ())
+    unseen = _("computer-made phantoms") if phantoms else _("cases that training did not see")
+    found: dict[str, list[str]] = {}
     for expert, scores in spec.scores.items():
         known = [value for value in scores.values() if value is not None]
         if known:
+            cases = _("validation cases, which chose the weights") if expert in validated else unseen
             mean = sum(known) / len(known)
-            parts.append(
-                _("<b>Expected Dice, {expert}:</b> {mean:.2f} in the mean ({low:.2f} to {high:.2f})").format(
-                    expert=escape(expert), mean=mean, low=min(known), high=max(known)
-                )
-            )
-    return "<br>".join(part for part in parts if part)
+            found.setdefault(cases, []).append(f"{escape(expert)} {mean:.2f} ({min(known):.2f} to {max(known):.2f})")
+    return found
 
 
 def modelFolder() -> str:

@@ -1,20 +1,41 @@
-"""The report of a run, kept with its segmentation, also in saved scenes."""
+"""The report of a run and the modality of its volume, kept with the segmentation, also in saved scenes."""
 
 from __future__ import annotations
 
 import base64
 import logging
+from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m4oe.jobs import Report
+    from m4oe.spec import ModelSpec
 
+_MODALITY = "M4oE.modality"
 _ATTRIBUTE = "M4oE.report"  # JSON in base64, as MRML ends values at ":"
 
 
-def setReport(segmentationNode: Any, report: Report) -> None:
-    """Keeps the report with the segmentation."""
+def completed(report: Report, spec: ModelSpec, structures: Collection[str]) -> Report:
+    """The report with 0 mL for what was wanted and not found, which older workers leave out.
+
+    What the experts in use never learned to find was not looked for.
+    """
+    used = [number for number, name in enumerate(spec.expert_names) if report.expert_weights.get(name)]
+    known = [spec.label_keys[label] for label in spec.classes_of(used) if label]
+    return replace(report, volumes_ml={key: 0.0 for key in known if key in structures} | report.volumes_ml)
+
+
+def setReport(segmentationNode: Any, report: Report, spec: ModelSpec) -> None:
+    """Keeps the report with the segmentation, and the modality of the expert that weighed most."""
+    most = max(report.expert_weights, key=report.expert_weights.__getitem__)
+    segmentationNode.SetAttribute(_MODALITY, spec.experts[spec.expert_index(most)].modality)
     segmentationNode.SetAttribute(_ATTRIBUTE, base64.b64encode(report.to_json().encode()).decode())
+
+
+def modalityOf(segmentationNode: Any) -> str:
+    """ "CT", "MR", or "" where it is not known."""
+    return segmentationNode.GetAttribute(_MODALITY) or ""
 
 
 def reportOf(segmentationNode: Any) -> Report | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import tempfile
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +15,33 @@ import slicer.util
 from slicer.i18n import tr as _
 
 from .Errors import errorsShown
-from .Reports import reportOf
+from .Reports import modalityOf, reportOf
 
 if TYPE_CHECKING:
     from m4oe.jobs import Report
 
-_BAR_WIDTH, _BAR_HEIGHT, _TEXT_HEIGHT = 380, 14, 18
-_SHOWN = 0.15  # share of the gate below which the bar has no room for the expert's name
-_COLORS = ((46, 110, 165), (222, 132, 44), (86, 150, 78), (160, 88, 156), (120, 120, 120))
+_LETTERS = 45  # that fit into the bar of the gate where the panel is narrow
+_COLORS = ("#2e6ea5", "#b3611a", "#4a7f42", "#8a4a86", "#666666")
+_MOST_ROWS = 16  # that the table shows without scrolling
 
 
-def header() -> tuple[str, ...]:
-    return (_("Structure"), _("mL"), _("Mean"), _("SD"), _("Confidence"), _("Check"))
+def header(modality: str) -> tuple[str, ...]:
+    """Names of the columns; the values of a CT are HU, those of MR have no unit."""
+    unit = {"CT": _(" (HU)"), "MR": _(" (signal)")}.get(modality, "")
+    return (_("Structure"), _("mL"), _("Mean") + unit, _("SD") + unit, _("Confidence"), _("Check"))
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:
-    """A row of text per structure that was found, the largest first, as `header` names the columns."""
+    """A row of text per structure that was looked for, the largest first, as `header` names the columns."""
     from m4oe.labels import structure
 
     words = {"implausible": _("implausible"), "cut": _("cut")}
     words["low confidence"] = _("low confidence")
     table = []
     for key, volume in sorted(report.volumes_ml.items(), key=lambda item: -item[1]):
+        if not volume:
+            table.append((structure(key).name, "0", "", "", "", _("not found")))
+            continue
         mean, deviation = report.intensities.get(key, (float("nan"), float("nan")))
         sure = f"{report.confidence[key]:.0%}" if key in report.confidence else ""
         check = ", ".join(words.get(flag, flag) for flag in report.flags.get(key, ()))
@@ -45,27 +51,33 @@ def rows(report: Report) -> list[tuple[str, ...]]:
 
 def fillTable(table: Any, segmentationNode: Any, report: Report) -> None:
     """Shows the rows, with the colours of the segments."""
-    content = rows(report)
+    content, names = rows(report), header(modalityOf(segmentationNode))
     segments = segmentationNode.GetSegmentation()
     table.setRowCount(len(content))
-    table.setColumnCount(len(header()))
-    table.setHorizontalHeaderLabels(list(header()))
+    table.setColumnCount(len(names))
+    table.setHorizontalHeaderLabels([name.replace(" (", "\n(") for name in names])
     for number, cells in enumerate(content):
         for column, text in enumerate(cells):
-            item = qt.QTableWidgetItem(text)
+            item = qt.QTableWidgetItem(text.replace(", ", "\n"))  # of what is to be checked a line each
             if 0 < column < 5:
                 item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
             table.setItem(number, column, item)
         segment = segments.GetSegment(segments.GetSegmentIdBySegmentName(cells[0]))
-        if segment is not None:
-            table.item(number, 0).setIcon(colorIcon([round(255 * channel) for channel in segment.GetColor()]))
+        color = [round(255 * channel) for channel in segment.GetColor()] if segment is not None else (0, 0, 0, 0)
+        table.item(number, 0).setIcon(colorIcon(color))
+    for column in range(len(names)):  # the last takes what is left
+        last = column == len(names) - 1
+        mode = qt.QHeaderView.Stretch if last else qt.QHeaderView.ResizeToContents
+        table.horizontalHeader().setSectionResizeMode(column, mode)
     table.verticalHeader().setVisible(False)
-    table.resizeColumnsToContents()
-    table.horizontalHeader().setStretchLastSection(True)
+    table.verticalHeader().setSectionResizeMode(qt.QHeaderView.ResizeToContents)
+    heights = [table.rowHeight(row) for row in range(min(len(content), _MOST_ROWS))]
+    headerHeight = 2 * min(heights, default=18)
+    table.setFixedHeight(sum(heights) + headerHeight + 2 * table.frameWidth)
 
 
 def colorIcon(color: Any) -> Any:
-    """A square of a colour (red, green and blue, 0 to 255)."""
+    """A square of a colour (red, green, blue and maybe opacity, 0 to 255)."""
     pixmap = qt.QPixmap(12, 12)
     pixmap.fill(qt.QColor(*color))
     return qt.QIcon(pixmap)
@@ -81,47 +93,52 @@ def writeCsv(path: Path, segmentationNode: Any, report: Report) -> None:
     try:
         with new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(("segmentation", "model", *header()))
+            writer.writerow(("segmentation", "model", *header(modalityOf(segmentationNode))))
             writer.writerows((segmentationNode.GetName(), report.model, *cells) for cells in rows(report))
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
 
 
-def gateText(report: Report) -> str:
+def expertText(report: Report) -> str:
     """Which experts served the volume, and who chose them."""
     used = {name: weight for name, weight in report.expert_weights.items() if weight >= 0.005}
     names = ", ".join(used if len(used) == 1 else [f"{name} {weight:.0%}" for name, weight in used.items()])
+    sure = "".join(f" ({report.gate[name]:.0%})" for name in used) if len(used) == 1 and report.gate else ""
     reasons = {
-        "user": _("Expert {names}, as you chose."),
-        "modality": _("Expert {names}: the header or the intensities leave no choice."),
-        "gate": _("Expert {names}, chosen by the gate."),
+        "user": _("Expert {names}, named by you."),
+        "modality": _("Expert {names}, chosen by the header or HU."),
+        "gate": _("Expert {names}, chosen by the gate{sure}."),
     }
-    return reasons.get(report.chosen_by, _("Experts {names}.")).format(names=names)
+    return reasons.get(report.chosen_by, _("Experts {names}.")).format(names=names, sure=sure)
 
 
-def gateShares(report: Report) -> str:
-    """What the gate gave each expert, as text."""
-    return ", ".join(f"{name} {share:.0%}" for name, share in report.gate.items())
+def gateText(report: Report) -> str:
+    """A bar with a part for each expert, as long as the gate gave it a probability, as rich text; "" without a gate.
 
-
-def gatePixmap(report: Report, width: int) -> Any:
-    """A bar with a part for each expert, as long as the gate gave it a probability; None where it was not asked."""
-    if not report.gate:
-        return None
-    pixmap = qt.QPixmap(width, _BAR_HEIGHT + _TEXT_HEIGHT)
-    pixmap.fill(qt.QColor(0, 0, 0, 0))
-    painter = qt.QPainter(pixmap)
-    left = 0
+    Names that find no room in their part stand below the bar.
+    """
+    parts, below = [], []
     for number, (name, share) in enumerate(report.gate.items()):
-        part = round(share * width)
-        painter.fillRect(left, 0, part, _BAR_HEIGHT, qt.QColor(*_COLORS[number % len(_COLORS)]))
-        if share >= _SHOWN:
-            area = qt.QRect(left, _BAR_HEIGHT, part, _TEXT_HEIGHT)
-            painter.drawText(area, int(qt.Qt.AlignLeft) | int(qt.Qt.AlignVCenter), f"{name} {share:.0%}")
-        left += part
-    painter.end()
-    return pixmap
+        color, text = _COLORS[number % len(_COLORS)], escape(f"{name} {share:.0%}").replace(" ", "&nbsp;")
+        if fits := len(f"{name} {share:.0%}") <= share * _LETTERS:
+            text = f'<font color="white">{text}</font>'
+        else:
+            below.append(f'<font color="{color}">■</font>&nbsp;{text}')
+        parts.append(f'<td width="{share:.0%}" bgcolor="{color}">{text if fits else ""}</td>')
+    if not parts:
+        return ""
+    says = _("The gate alone would say:") if report.chosen_by == "modality" else _("The gate says:")
+    bar = f'<table width="100%" cellspacing="0" cellpadding="2"><tr>{"".join(parts)}</tr></table>'
+    return f"{says}{bar}{' &nbsp; '.join(below)}"
+
+
+def warningsText(report: Report) -> str:
+    """What to look at, a line for each."""
+    lines = list(report.warnings)
+    if not any(report.volumes_ml.values()):
+        lines.append(_("what was checked and not found may be there all the same: the model's limits stand above"))
+    return "\n".join(f"• {line}" for line in lines)
 
 
 def editSegmentation(segmentationNode: Any, volumeNode: Any) -> None:
@@ -191,13 +208,10 @@ class ResultsSection:
         if report is None:
             ui.resultsTable.setRowCount(0)
             return
-        ui.resultLabel.text = f"{node.GetName()}: {report.model}. {gateText(report)}"
-        pixmap = gatePixmap(report, _BAR_WIDTH)
-        ui.gateLabel.visible = pixmap is not None
-        if pixmap is not None:
-            ui.gateLabel.setPixmap(pixmap)
-            ui.gateLabel.toolTip = _("The gate: {shares}").format(shares=gateShares(report))
-        ui.warningsLabel.text = "\n".join(f"• {warning}" for warning in report.warnings)
+        ui.resultLabel.text = f"{node.GetName()}: {report.model}. {expertText(report)}"
+        ui.gateLabel.text = gateText(report)
+        ui.gateLabel.visible = bool(report.gate)
+        ui.warningsLabel.text = warningsText(report)
         fillTable(ui.resultsTable, node, report)
 
     def _volume(self) -> Any:

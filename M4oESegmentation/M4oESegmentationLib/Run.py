@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ import slicer.util
 from slicer.i18n import tr as _
 
 from .Errors import errorsShown
-from .Reports import setReport
+from .Reports import completed, setReport
 
 if TYPE_CHECKING:
     from m4oe.client import Client
     from m4oe.geometry import Volume
     from m4oe.jobs import Report
+    from m4oe.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Run:
     """
 
     def __init__(
-        self, client: Client, keys: Sequence[str], volumeNode: Any, segmentationNode: Any, choices: Choices
+        self, client: Client, spec: ModelSpec, volumeNode: Any, segmentationNode: Any, choices: Choices
     ) -> None:
         """Sends the volume, or its first frame.
 
         Args:
             client: Of the worker.
-            keys: Structures of the model, in the order of their labels.
+            spec: Of the model.
             volumeNode: CT or MR.
             segmentationNode: Takes the result; None makes a new one.
             choices: What to do.
@@ -62,7 +63,8 @@ class Run:
         """
         from m4oe.nodes import check_segmentation_node, volume_from_node
 
-        self._keys = {label: key for label, key in enumerate(keys, 1) if key in choices.structures}
+        self._spec = spec
+        self._keys = {label: key for label, key in spec.label_keys.items() if key in choices.structures}
         if segmentationNode is not None:
             check_segmentation_node(segmentationNode, volumeNode, self._keys.values())
         self._client, self._choices = client, choices
@@ -93,8 +95,9 @@ class Run:
         if not self._job.done():
             return False
         try:
-            self._results.append(self._job.result())
-            self.report = self._results[-1][1]
+            labels, report = self._job.result()
+            self.report = completed(report, self._spec, self._choices.structures)
+            self._results.append((labels, self.report))
             if self._cancelled:  # too late for the worker, not for the scene
                 raise Cancelled(_("cancelled"))
             if len(self._results) < len(self._volumes):
@@ -174,7 +177,7 @@ class Run:
         frames = self._frames(segmentationNode) if self._sequence else None
         for number, (labels, report) in enumerate(self._results):
             segmentation_to_node(labels, self._keys, segmentationNode, volumeNode, report.model)
-            setReport(segmentationNode, report)
+            setReport(segmentationNode, report, self._spec)
             if frames is not None:
                 frames.SetDataNodeAtValue(segmentationNode, self._sequence.GetNthIndexValue(number))
         if frames is not None:

@@ -1,20 +1,25 @@
-"""Makes the pictures of the user guide from a real run: `python Testing/gui/pictures.py CT.nii.gz Docs/pictures`."""
+"""Makes the pictures of the user guide from a real run: `python Testing/gui/pictures.py CT.nii.gz Docs/pictures`.
+
+CT.nii.gz may also be a folder with a DICOM series. The doctor's picture shows HOME and what proxies are set.
+"""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import conftest
+import qt
 import slicer
 import slicer.util
 from harness.application import open_module, settle
 from harness.views import SliceView, ThreeDView
 
-_WIDTH = 460
+_WIDTH = 540
 
 
 def main(source: str, target: str) -> None:
@@ -22,15 +27,19 @@ def main(source: str, target: str) -> None:
     from m4oe.files import read_volume
 
     folder = Path(target)
+    qt.QSettings.setDefaultFormat(qt.QSettings.IniFormat)
+    qt.QSettings.setPath(qt.QSettings.IniFormat, qt.QSettings.UserScope, tempfile.mkdtemp(prefix="m4oe-"))
     panel = open_module(conftest.ROOT / "M4oESegmentation" / "M4oESegmentation.py")
     volume = read_volume(source)
     node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name="CT")
     node.GetDisplayNode().SetAutoWindowLevel(False)
     node.GetDisplayNode().SetWindowLevel(400, 40)
-    photograph(panel, folder / "panel-start.png", ["inputs", "structures", "outputs", "advanced"])
     panel.ui.inputSelector.setCurrentNode(node)
+    structures = panel.ui.structureList
+    structures.setMinimumHeight(structures.sizeHintForRow(0) * structures.count + 2 * structures.frameWidth)
+    photograph(panel, folder / "panel-start.png", ["inputs", "structures", "outputs", "advanced"])
     panel.ui.applyButton.click()
-    settle(lambda: panel.ui.statusLabel.text.startswith("Segmenting") and panel.ui.progressBar.value > 30, 300)
+    settle(lambda: panel.ui.statusLabel.text.endswith("left") and panel.ui.progressBar.value > 30, 300)
     photograph(panel, folder / "panel-running.png", ["inputs"])
     settle(lambda: panel.runs.run is None, 600)
     photograph(panel, folder / "panel-result.png", ["results"])
@@ -38,10 +47,30 @@ def main(source: str, target: str) -> None:
     panel.ui.doctorButton.click()
     settle(lambda: panel.setupSection.process is None, 300)
     photograph(panel, folder / "panel-doctor.png", ["setup"])
-    panel.ui.batchInputEdit.currentPath = "/data/abdomen"
-    panel.ui.batchOutputEdit.currentPath = "/data/results"
-    photograph(panel, folder / "panel-batch.png", ["batch"])
+    text = panel.ui.doctorText  # wrapped to its width by now
+    text.setMinimumHeight(round(text.document().size.height() + 1) * text.fontMetrics().lineSpacing())
+    photograph(panel, folder / "panel-doctor.png", ["setup"])
+    batch(panel, volume, folder / "panel-batch.png")
     panel.cleanup()
+
+
+def batch(panel: Any, volume: Any, path: Path) -> None:
+    """A batch of parts of the volume, photographed in the midst of the third, with paths that say something."""
+    from m4oe.files import write_volume
+    from m4oe.geometry import Grid, Volume
+
+    cases, ui = Path(tempfile.mkdtemp(prefix="m4oe-")), panel.ui
+    count = len(volume.array)
+    for number, part in enumerate(([0, count], [count // 3, count], [0, count * 3 // 4], [count // 4, count]), 1):
+        array = volume.array[slice(*part)]
+        write_volume(cases / f"patient{number}.nii.gz", Volume(array, Grid(array.shape, volume.grid.affine)))
+    ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath = str(cases), tempfile.mkdtemp(prefix="m4oe-")
+    ui.batchStartButton.click()
+    settle(lambda: ui.batchTable.rowCount == 3 and ui.batchProgressBar.value > 55, 600)
+    ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath = "/data/abdomen", "/data/results"
+    photograph(panel, path, ["batch"])
+    ui.batchStopButton.click()
+    settle(lambda: panel.batches.batch is None, 60)
 
 
 def photograph(panel: Any, path: Path, sections: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -179,7 +180,7 @@ def test_naming_an_expert_overrules_the_gate(panel: Any) -> None:
     panel.ui.expertSelector.currentIndex = panel.ui.expertSelector.findData("mr")
     panel.ui.expertSelector.activated.emit(2)
     apply(panel, add_volume())
-    assert "Expert mr, as you chose." in panel.ui.resultLabel.text
+    assert "Expert mr, named by you." in panel.ui.resultLabel.text
 
 
 def test_the_uncertainty_is_a_volume_beside_the_input(panel: Any) -> None:
@@ -250,6 +251,84 @@ def test_a_volume_is_proposed_that_was_loaded_meanwhile_and_no_label_map(panel: 
     panel.enter()
     assert panel.parameters.inputVolume is volume_node is not label_map
     assert panel.ui.statusLabel.text == ""
+
+
+def test_a_reason_goes_when_it_applies_no_more(panel: Any) -> None:
+    assert panel.ui.statusLabel.text == "Choose a CT or MR volume."
+    panel.ui.inputSelector.setCurrentNode(add_volume())
+    assert panel.ui.statusLabel.text == ""
+    panel.models.structures.check([])
+    assert panel.ui.statusLabel.text == "Check at least one structure."
+    panel.models.structures.check(["liver"])
+    assert panel.ui.statusLabel.text == ""
+
+
+# ---- what a model and a report say
+
+
+def make_report(**changes: Any) -> Any:
+    from m4oe.jobs import Report
+
+    values = {name: {} for name in ("gate", "seconds", "peak_memory_mib", "intensities", "confidence", "flags")}
+    values |= {"model": "tiny 1", "device": "cpu", "precision": "float32", "chosen_by": "gate", "warnings": ()}
+    values |= {"expert_weights": {"ct": 1.0, "mr": 0.0}, "volumes_ml": {"liver": 2.0}}
+    return Report(**{**values, **changes})
+
+
+def test_a_model_says_what_it_was_scored_on(panel: Any) -> None:
+    from dataclasses import replace
+
+    from M4oESegmentationLib.Models import describe
+
+    (spec,) = (spec for spec in panel.models.specs.values() if spec.name == "tiny")
+    assert "Dice on cases that training did not see" in describe(spec)
+    assert "ct 0.80 (0.70 to 0.90)" in describe(spec)
+    assert "Dice on computer-made phantoms" in describe(replace(spec, training={"data": "1 CT, phantoms"}))
+    assert "Dice on validation cases" in describe(replace(spec, training={"scored_on_validation": ["ct"]}))
+
+
+def test_what_was_checked_and_not_found_has_a_row(panel: Any) -> None:
+    from dataclasses import replace
+
+    from M4oESegmentationLib.Reports import completed
+    from M4oESegmentationLib.Results import rows, warningsText
+
+    (spec,) = (spec for spec in panel.models.specs.values() if spec.name == "tiny")
+    experts = (replace(spec.experts[0], structures=("liver", "spleen")), spec.experts[1])
+    report = completed(make_report(), replace(spec, experts=experts), STRUCTURES)
+    assert [(row[0], row[1], row[-1]) for row in rows(report)] == [
+        ("Liver", "2.00", ""),
+        ("Spleen", "0", "not found"),  # the left kidney is nothing that this expert looks for
+    ]
+    assert warningsText(report) == ""
+    nothing = completed(make_report(volumes_ml={}), spec, ("liver",))
+    assert nothing.volumes_ml == {"liver": 0.0}
+    assert "limits stand above" in warningsText(nothing)
+
+
+def test_the_gate_is_named_where_it_chose_and_else_alone(panel: Any) -> None:
+    from M4oESegmentationLib.Results import expertText, gateText
+
+    gate = {"ct": 0.3, "mr": 0.68, "other": 0.02}
+    report = make_report(gate=gate, chosen_by="modality")
+    assert expertText(report) == "Expert ct, chosen by the header or HU."
+    text = gateText(report)
+    assert text.startswith("The gate alone would say:")
+    bar, _, below = text.partition("</table>")
+    assert [f'width="{share}"' in bar for share in ("30%", "68%", "2%")] == [True, True, True]
+    assert ("mr&nbsp;68%" in bar, "mr" in below) == (True, False)
+    assert ("other" in bar, "other&nbsp;2%" in below) == (False, True)
+    chosen = make_report(gate=gate, expert_weights={"mr": 1.0})
+    assert expertText(chosen) == "Expert mr, chosen by the gate (68%)."
+    assert gateText(chosen).startswith("The gate says:")
+    assert gateText(make_report()) == ""
+
+
+def test_the_table_has_units_and_cannot_be_edited(panel: Any) -> None:
+    apply(panel, add_volume())
+    table = panel.ui.resultsTable
+    assert table.horizontalHeaderItem(2).text() == "Mean\n(HU)"
+    assert table.editTriggers == panel.ui.batchTable.editTriggers == 0
 
 
 # ---- what goes wrong
@@ -418,7 +497,7 @@ def test_a_table_that_cannot_be_written_is_told(
     panel.ui.csvButton.click()
     rows = target.read_text(encoding="utf-8").splitlines()
     assert len(rows) == 4
-    assert rows[0].startswith("segmentation,model,Structure,mL,Mean,SD")
+    assert rows[0].startswith("segmentation,model,Structure,mL,Mean (")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda self, *rest, **more: open("/dev/full", "w"))  # noqa: PTH123, SIM115
         panel.ui.csvButton.click()
@@ -649,7 +728,8 @@ def test_a_batch_of_five_with_one_bad_case(panel: Any, dialogs: Dialogs, five_ca
     start_batch(panel, five_cases, tmp_path / "results")
     settle(lambda: panel.batches.batch is None)
     assert panel.ui.batchStatusLabel.text == "0 done, 4 skipped, 1 failed"
-    assert batch_table(panel)["case3"] == "done before"
+    assert batch_table(panel)["case3"] == "skipped: done before"
+    assert [kind for kind, _ in dialogs.said] == []
 
 
 def test_a_stopped_batch_goes_on_where_it_was(panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path) -> None:
@@ -658,11 +738,45 @@ def test_a_stopped_batch_goes_on_where_it_was(panel: Any, dialogs: Dialogs, five
     panel.ui.batchStopButton.click()
     settle(lambda: panel.batches.batch is None)
     assert dialogs.errors == []
+    assert panel.ui.batchStatusLabel.text == "Stopped; start it again to go on."
+    assert "working" not in batch_table(panel).values()
     start_batch(panel, five_cases, tmp_path / "results")
     settle(lambda: panel.batches.batch is None)
-    assert batch_table(panel)["case0"] == "done before"
+    assert batch_table(panel)["case0"] == "skipped: done before"
     assert panel.ui.batchStatusLabel.text.endswith("1 failed")
     assert len(list((tmp_path / "results").glob("*.seg.nrrd"))) == 4
+
+
+def test_results_of_another_choice_are_replaced_after_a_question_alone(
+    panel: Any, dialogs: Dialogs, tiny_model: Path, tmp_path: Path
+) -> None:
+    asked = {"expert": "auto", "structures": ["liver"], "quality": "standard"}
+    entries = {"case": {"files": ["case.seg.nrrd"], "model": "tiny 1", "asked": asked}}
+    (tmp_path / "volumes.json").write_text(json.dumps(entries), encoding="utf-8")
+    dialogs.answer = False
+    start_batch(panel, tmp_path, tmp_path)
+    ((kind, question),) = dialogs.said
+    assert (kind, panel.batches.batch) == ("question", None)
+    assert "will be replaced" in question
+    dialogs.said.clear()
+    panel.models.structures.check(["liver"])
+    start_batch(panel, tmp_path / "nothing", tmp_path)
+    assert [kind for kind, _ in dialogs.said] == ["error"]  # it has no input, and needs no question
+
+
+def test_no_batch_starts_without_a_structure(panel: Any) -> None:
+    panel.models.structures.check([])
+    assert not panel.ui.batchStartButton.enabled
+    assert panel.ui.batchStartButton.toolTip == "Check at least one structure."
+
+
+def test_a_table_that_is_misread_is_no_failed_case(panel: Any, dialogs: Dialogs, tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    start_batch(panel, tmp_path / "cases.csv", tmp_path / "results")
+    settle(lambda: panel.batches.batch is None)
+    assert batch_table(panel) == {}
+    assert "has the columns a, b" in dialogs.errors[0]
+    assert panel.ui.batchStatusLabel.text.startswith("The batch failed: ")
 
 
 def test_a_batch_says_what_it_lacks(panel: Any, dialogs: Dialogs, five_cases: Path) -> None:
@@ -754,6 +868,7 @@ def test_sample_data_are_offered_once_slicer_has_started(panel: Any, monkeypatch
     monkeypatch.setitem(sys.modules, "SampleData", module)
     slicer.app.startupCompleted.emit()
     assert offered[0]["category"] == "M4oE"
+    assert "trained on it" in offered[0]["sampleName"]
     if CT.exists():
         import hashlib
 
