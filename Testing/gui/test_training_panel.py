@@ -75,17 +75,25 @@ def count(kind: str) -> int:
     return len(slicer.util.getNodesByClass(kind))
 
 
-def a_volume(name: str) -> Any:
-    array = np.full((2, 3, 4), -1000, np.int16)
+def a_volume(name: str, lowest: int = -1000) -> Any:
+    array = np.full((2, 3, 4), lowest, np.int16)
     return slicer.util.addVolumeFromArray(array, ijkToRAS=np.eye(4), name=name)
 
 
-def segment(volume: Any) -> Any:
-    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+def segment(volume: Any, *names: str) -> Any:
+    """A segmentation of a volume, with a row of voxels for each structure."""
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", f"of {', '.join(names)}")
     node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
-    segment = node.GetSegmentation().AddEmptySegment("liver", "liver")
-    slicer.util.updateSegmentBinaryLabelmapFromArray(np.ones((2, 3, 4), np.uint8), node, segment, volume)
+    for row, name in enumerate(names or ["liver"]):
+        segment = node.GetSegmentation().AddEmptySegment(name, name)
+        mask = np.zeros((2, 3, 4), np.uint8)
+        mask[:, row] = 1
+        slicer.util.updateSegmentBinaryLabelmapFromArray(mask, node, segment, volume)
     return node
+
+
+def table(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split()
 
 
 def test_a_folder_is_scanned_once(panel: Any, scans: list[str], tmp_path: Path) -> None:
@@ -138,14 +146,73 @@ def test_volumes_of_one_name_are_different_cases(panel: Any, tmp_path: Path) -> 
     assert Scene.export(str(tmp_path), "CT", "")[2] == ["CT", "CT_2"]
 
 
-def test_two_segmentations_of_a_volume_are_refused(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
+def test_volumes_whose_names_differ_in_signs_alone_are_different_cases(panel: Any, tmp_path: Path) -> None:
+    from M4oETrainingLib import Scene
+
+    (tmp_path / "a_seg.nii.gz").touch()
+    (tmp_path / "aseg.nii.gz").write_text("mine")
+    for name in ("CT 1", "CT/1", "ct_1", "a_seg"):
+        segment(a_volume(name))
+    Scene.export(str(tmp_path), "", "")
+    written = table(tmp_path / "cases.csv")[1:]
+    assert written == ["CT_1,CT,ct", "CT_1_2,CT,ct", "ct_1_3,CT,ct", "aseg_2,CT,ct"]
+    assert (tmp_path / "aseg.nii.gz").read_text() == "mine"
+
+
+def test_the_chosen_modality_is_for_volumes_of_which_it_is_not_known(panel: Any, tmp_path: Path) -> None:
+    from M4oETrainingLib import Scene
+
+    segment(a_volume("CT 1"))
+    segment(a_volume("MR 1", 0))
+    with pytest.raises(ValueError, match="Whether 'MR 1' is CT or MR is not known"):
+        Scene.export(str(tmp_path / "none"), "", "")
+    assert not (tmp_path / "none").exists()
+    Scene.export(str(tmp_path), "MR", "")
+    assert table(tmp_path / "cases.csv")[1:] == ["CT_1,CT,ct", "MR_1,MR,mr"]
+
+
+def test_segmentations_of_a_volume_become_one_case(panel: Any, tmp_path: Path) -> None:
+    from m4oe.files import read_volume
+    from M4oETrainingLib import Scene
+
     volume = a_volume("CT")
-    segment(volume)
-    segment(volume)
-    panel.ui.sceneFolderEdit.currentPath = str(tmp_path)
+    segment(volume, "liver")
+    segment(volume, "Milz", "spleen")
+    assert Scene.export(str(tmp_path), "", "") == (1, ["Milz"], [])
+    labels = read_volume(tmp_path / "CT_label.nii.gz").array
+    named = dict(row.split(",")[::-1] for row in table(tmp_path / "CT_label.csv")[1:])
+    assert set(named) == {"liver", "spleen"}
+    assert {name: int((labels == int(value)).sum()) for name, value in named.items()} == {"liver": 8, "spleen": 8}
+
+
+def test_a_structure_that_was_drawn_twice_is_refused(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
+    volume = a_volume("CT")
+    segment(volume, "liver")
+    segment(volume, "spleen", "Liver")
+    segment(a_volume("other"))
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path / "scene")
     panel.ui.addSceneButton.click()
-    assert "'CT' has several segmentations" in dialogs.errors[0]
-    assert not list(tmp_path.glob("*.nii.gz"))
+    assert "'CT' has Liver in two segmentations, 'of liver' and 'of spleen, Liver'" in dialogs.errors[0]
+    assert not (tmp_path / "scene").exists()
+
+
+def test_what_the_user_wrote_into_the_table_of_cases_stays(panel: Any, tmp_path: Path) -> None:
+    from M4oETrainingLib import Scene
+
+    (tmp_path / "cases.csv").write_text("case,modality,expert,split\nCT,MR,mr,test\nold,MR,mr,val\n", encoding="utf-8")
+    segment(a_volume("CT"))
+    segment(a_volume("new"))
+    segment(a_volume("empty"), "Milz")
+    assert Scene.export(str(tmp_path), "", "") == (2, ["Milz"], ["CT"])
+    assert table(tmp_path / "cases.csv")[1:] == ["CT,CT,ct,test", "old,MR,mr,val", "new,CT,ct,"]
+
+
+def test_a_scene_without_known_structures_is_refused(panel: Any, tmp_path: Path) -> None:
+    from M4oETrainingLib import Scene
+
+    segment(a_volume("CT"), "Milz")
+    with pytest.raises(ValueError, match="No segment is a structure that M4oE knows: Milz"):
+        Scene.export(str(tmp_path), "", "")
 
 
 def test_a_damaged_run_does_not_keep_the_panel_from_opening(open_panel: Callable[[str], Any], tmp_path: Path) -> None:
