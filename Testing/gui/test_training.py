@@ -256,7 +256,7 @@ def test_the_open_scene_becomes_a_data_set(panel: Any, tmp_path: Path, dialogs: 
     panel.ui.sceneFolderEdit.currentPath = str(tmp_path / "scene")
     panel.ui.addSceneButton.click()
     assert dialogs.errors == []
-    assert panel.ui.findingsLabel.text == "1 cases were written. Left out, as no structure has such a name: Milz?"
+    assert panel.ui.findingsLabel.text == "Cases written: 1. Left out, as no structure has such a name: Milz?"
     settle(lambda: not panel._data.busy, 600)
     assert "Liver (1)" in panel.ui.dataTable.item(0, 2).text()
     assert (tmp_path / "scene" / "cases.csv").read_text(encoding="utf-8").split()[1] == "Patient_1,CT,ct"

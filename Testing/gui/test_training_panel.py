@@ -117,6 +117,57 @@ def test_a_removed_folder_is_not_scanned(panel: Any, scans: list[str], tmp_path:
     assert scans == [] and rows(panel) == [] and not panel._data.busy
 
 
+def test_a_folder_has_one_name(panel: Any, scans: list[str], tmp_path: Path) -> None:
+    add(panel, tmp_path / "a")
+    panel.ui.dataFolderEdit.currentPath = f"{tmp_path}/b/../a/"
+    panel.ui.addFolderButton.click()
+    assert panel.parameters.folders == [str(tmp_path / "a")]
+
+
+def test_nothing_is_removed_without_a_choice(panel: Any, scans: list[str], tmp_path: Path) -> None:
+    add(panel, tmp_path / "a")
+    assert not panel.ui.removeDataButton.enabled
+    panel.ui.dataTable.selectRow(0)
+    assert panel.ui.removeDataButton.enabled
+    panel.ui.removeDataButton.click()
+    assert rows(panel) == [] and not panel.ui.removeDataButton.enabled
+
+
+def test_data_are_checked_anew_when_label_values_are_typed(panel: Any, scans: list[str], tmp_path: Path) -> None:
+    add(panel, tmp_path / "a")
+    panel.ui.labelsEdit.text = "1=liver"
+    panel.onTimer()
+    assert len(scans) == 1
+    panel.ui.labelsEdit.editingFinished.emit()
+    panel.onTimer()
+    panel.onTimer()
+    panel.ui.labelsEdit.editingFinished.emit()
+    panel.onTimer()
+    assert len(scans) == 2
+
+
+def test_findings_begin_with_the_worst(panel: Any) -> None:
+    from M4oETrainingLib.Data import _scanned
+
+    findings = [("note", "", "Fine."), ("warning", "b", "Thick."), ("error", "a", "Empty.")]
+    found = [dict(zip(("severity", "case", "sentence"), finding, strict=True)) for finding in findings]
+    scan = _scanned("/data", [{"cases": [], "findings": found}])
+    assert scan.findings == ("Error: a: Empty.", "Warning: b: Thick.", "Note: /data: Fine.")
+
+
+def test_what_the_scene_left_out_stays_while_its_folder_is_listed(panel: Any, scans: list[str], tmp_path: Path) -> None:
+    segment(a_volume("CT"), "liver", "Milz")
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path)
+    panel.ui.addSceneButton.click()
+    for _ in range(4):
+        panel.onTimer()
+    text = "Cases written: 1. Left out, as no structure has such a name: Milz"
+    assert panel.ui.findingsLabel.text == text and scans == [str(tmp_path)]
+    panel.ui.dataTable.selectRow(0)
+    panel.ui.removeDataButton.click()
+    assert panel.ui.findingsLabel.text == ""
+
+
 def test_the_data_of_a_loaded_scene_are_listed(panel: Any, scans: list[str], tmp_path: Path, scene: Any) -> None:
     add(panel, tmp_path / "a")
     scene.SetURL(str(tmp_path / "scene.mrml"))
@@ -133,6 +184,7 @@ def test_data_are_not_sought_on_another_machine(panel: Any, tmp_path: Path) -> N
     qt.QSettings().setValue("M4oE/host", "gpu1")
     add(panel, tmp_path)
     assert "This runs on this machine" in panel.ui.findingsLabel.text
+    assert panel.ui.findingsLabel.text.startswith(f"Error: {tmp_path}: ")
     assert panel.ui.dataTable.item(0, 3).text() == "cannot be used"
 
 
