@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import qt
 import slicer
 import slicer.util
-from harness.application import Dialogs
+from harness.application import Dialogs, settle
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def scans(monkeypatch: pytest.MonkeyPatch, panel: Any) -> list[str]:
     class Scan:
         def __init__(self, command: list[str], environment: Any) -> None:
             scanned.append(command[command.index("scan") + 1])
-            found = {"cases": [{"volumes_ml": {"liver": 1}}], "findings": []}
+            found = {"cases": [{"volumes_ml": {"liver": 1}, "modality": "CT", "expert": None}], "findings": []}
             text = json.dumps({"datasets": [found]})
             Path(command[command.index("--json") + 1]).write_text(text, encoding="utf-8")
 
@@ -48,12 +50,13 @@ def panel(open_panel: Callable[[str], Any]) -> Any:
     return widget
 
 
-def a_run(folder: Path) -> Path:
-    """A run that ended long ago."""
+def a_run(folder: Path, *events: dict[str, Any]) -> Path:
+    """A run that ended long ago, paused where no events are given."""
     folder.mkdir(exist_ok=True)
     facts = {"command": ["m4oe"], "pid": 0, "birth": ""}
     (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
-    (folder / "events.jsonl").write_text(json.dumps({"event": "paused"}) + "\n", encoding="utf-8")
+    lines = [json.dumps(event) + "\n" for event in events or [{"event": "paused"}]]
+    (folder / "events.jsonl").write_text("".join(lines), encoding="utf-8")
     qt.QSettings().setValue("M4oE/runs", json.dumps([str(folder)]))
     return folder
 
@@ -290,19 +293,26 @@ def test_a_run_whose_folder_is_away_is_told_and_found_again(
     assert panel.ui.forgetButton.enabled and not panel.ui.resumeButton.enabled
     shutil.move(tmp_path / "away", run)
     panel.onTimer()
-    assert panel.ui.statusLabel.text == "Paused" and dialogs.errors == []
+    assert panel.ui.statusLabel.text == "Paused; Resume goes on" and dialogs.errors == []
 
 
 def test_an_estimate_can_be_cancelled(panel: Any, dialogs: Dialogs) -> None:
     panel._command = lambda *more: [sys.executable, "-c", "import time; time.sleep(600)"]
     panel.ui.estimateButton.click()
     panel.onTimer()
-    process = panel._estimate
-    assert not panel.ui.startButton.enabled
+    process = panel._estimate.process
+    assert not panel.ui.startButton.enabled and panel.ui.estimateLabel.text.startswith("Prepares the cases")
     panel.ui.estimateButton.click()
     panel.onTimer()
-    assert panel.ui.startButton.enabled and dialogs.errors == []
+    assert panel.ui.startButton.enabled and panel.ui.estimateLabel.text == "" and dialogs.errors == []
     assert process._process.wait(60) != 0
+
+
+def test_an_estimate_that_failed_is_told_and_over(panel: Any, dialogs: Dialogs) -> None:
+    panel._command = lambda *more: [sys.executable, "-c", "raise SystemExit('no room')"]
+    panel.ui.estimateButton.click()
+    settle(lambda: panel.onTimer() or not panel._estimate.busy)
+    assert "no room" in dialogs.errors[0] and panel.ui.estimateLabel.text == ""
 
 
 def test_an_evaluation_is_not_mixed_with_an_earlier_one(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
@@ -314,10 +324,29 @@ def test_an_evaluation_is_not_mixed_with_an_earlier_one(panel: Any, tmp_path: Pa
     assert "holds an evaluation already. Choose another folder." in dialogs.errors[0]
 
 
+def test_label_values_without_meaning_are_told_before_anything_is_segmented(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.nii.gz").touch()
+    ui = panel.ui
+    ui.evaluationModelSelector.addItem("tiny", "tiny")
+    for edit in (ui.evaluationImagesEdit, ui.evaluationTruthEdit):
+        edit.currentPath = str(tmp_path)
+    ui.evaluationFolderEdit.currentPath = str(tmp_path / "scores")
+    for labels in ("", "1=nonsense"):
+        ui.labelsEdit.text = labels
+        ui.evaluateButton.click()
+    assert ["in the field Label values, in the section Data" in error for error in dialogs.errors] == [True, True]
+    assert "does not say" in dialogs.errors[0] and "nonsense" in dialogs.errors[1]
+    assert not panel._evaluation.busy
+
+
 def test_a_base_model_that_is_not_installed_is_shown(panel: Any) -> None:
     panel.parameters.baseModel = "/gone/mine.safetensors"
     panel.enter()
     assert panel.ui.baseModelSelector.currentText == "mine"
+    panel.parameters.baseModel = "/gone/other.safetensors"
+    assert panel.ui.baseModelSelector.currentText == "other"
 
 
 def test_curves_go_with_the_panel_and_leave_nothing(open_panel: Callable[[str], Any], tmp_path: Path) -> None:
@@ -332,10 +361,147 @@ def test_curves_go_with_the_panel_and_leave_nothing(open_panel: Callable[[str], 
 
 
 def test_bars_are_drawn_once(panel: Any) -> None:
-    from M4oETrainingLib.Evaluation import Evaluation
-
-    evaluation = Evaluation.__new__(Evaluation)
-    evaluation.scores, evaluation._nodes = {"Liver": 0.9}, []
-    evaluation.plot()
-    evaluation.plot()
+    entry = {"dice": {"mean": 0.9}, "nsd": None, "hd95_mm": None, "in_truth": 2}
+    for _ in range(2):
+        panel._evaluation._show({"liver": entry})
+        panel._evaluation._plot()
+        panel._evaluation._plot()
     assert count("vtkMRMLPlotChartNode") == 1
+
+
+def validated(stage: int, liver: float, spleen: float) -> dict[str, Any]:
+    dice = {"liver": liver, "spleen": spleen}
+    return {"event": "validated", "number": stage, "overall": 1, "score": (liver + spleen) / 2, "dice": dice}
+
+
+@pytest.mark.parametrize(
+    ("dices", "best"),
+    [
+        ([(0, 0.9, 0.1), (0, 0.6, 0.6), (0, 0.5, 0.65)], ["0.600", "0.600"]),
+        ([(0, 0.9, 0.9), (1, 0.2, 0.3)], ["0.200", "0.300"]),
+    ],
+)
+def test_the_best_dice_are_those_of_one_model(
+    open_panel: Callable[[str], Any], tmp_path: Path, dices: list[tuple[int, float, float]], best: list[str]
+) -> None:
+    a_run(tmp_path / "run", *(validated(*values) for values in dices))
+    table = open_panel("M4oETraining").ui.diceTable
+    assert [table.item(row, 2).text() for row in range(2)] == best
+
+
+@pytest.mark.parametrize("dice", [0.0, 0.1])
+def test_a_model_that_finds_nothing_is_told(open_panel: Callable[[str], Any], tmp_path: Path, dice: float) -> None:
+    a_run(tmp_path / "run", validated(0, 0.9, 0.9), validated(1, dice, 0.0), {"event": "finished"})
+    text = open_panel("M4oETraining").ui.statusLabel.text
+    assert text.startswith("Finished") and ("finds nothing in the validation cases" in text) == (dice == 0)
+
+
+def test_behind_the_last_step_the_model_is_scored(panel: Any, tmp_path: Path) -> None:
+    from M4oETrainingLib.RunView import RunView
+
+    step = {"event": "step", "stage": "joint", "step": 9, "overall_steps": 9, "seconds": 9, "loss": {"all": 1}}
+    view = RunView(str(a_run(tmp_path / "run")), panel.ui)
+    view.state, texts = "running", []
+    for overall in (8, 9):
+        view._take({**step, "overall": overall})
+        view._showProgress()
+        texts.append(panel.ui.statusLabel.text)
+    assert texts == ["Running; stage joint; less than a minute left", "Running; scores the model"]
+
+
+def started(panel: Any, monkeypatch: pytest.MonkeyPatch, run: Path) -> list[list[str]]:
+    """Commands that Start and Resume give, with a data set and a folder chosen; nothing runs."""
+    from m4oe import training_run
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(training_run, "start_run", lambda folder, command, environment: commands.append(command))
+    panel.parameters.folders = [str(run.parent)]
+    panel.ui.runFolderEdit.currentPath = str(run)
+    return commands
+
+
+def test_a_training_that_failed_at_once_starts_with_mended_choices(
+    open_panel: Callable[[str], Any], tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path / "run", {"event": "training"})
+    (run / "plan.json").write_text("{}", encoding="utf-8")
+    panel = open_panel("M4oETraining")
+    commands = started(panel, monkeypatch, run)
+    assert "mend them and press Start, with the same folder" in panel.ui.statusLabel.text
+    panel.ui.labelsEdit.text = "1=liver"
+    panel.ui.startButton.click()
+    assert dialogs.errors == [] and "1=liver" in commands[0]
+    assert not (run / "plan.json").exists() and not (run / "events.jsonl").exists()
+    assert panel.ui.runSelector.currentData == str(run)
+
+
+def test_a_training_that_has_begun_keeps_its_choices(
+    open_panel: Callable[[str], Any], tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path / "run", {"event": "training"})
+    (run / "checkpoint.safetensors").touch()
+    panel = open_panel("M4oETraining")
+    commands = started(panel, monkeypatch, run)
+    panel.ui.forgetButton.click()
+    panel.ui.startButton.click()
+    assert "choose it under Runs and press Resume" in dialogs.errors[0] and (run / "events.jsonl").exists()
+    assert "press Start" not in panel.ui.statusLabel.text
+    panel.ui.resumeButton.click()
+    assert commands == [["m4oe"]]
+
+
+def test_what_is_under_way_is_not_started_again(
+    open_panel: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path / "run")
+    panel = open_panel("M4oETraining")
+    panel._view.poll = lambda: False
+    panel._view.state = "running"
+    panel.ui.runFolderEdit.currentPath = str(run)
+    panel.onTimer()
+    assert not panel.ui.startButton.enabled and "under way" in panel.ui.startButton.toolTip
+    panel.ui.runFolderEdit.currentPath = str(tmp_path / "next")
+    panel.onTimer()
+    assert panel.ui.startButton.enabled and panel.ui.shownRunLabel.text == "Training run, chosen under Runs:"
+
+
+def test_of_a_forgotten_run_nothing_is_shown(open_panel: Callable[[str], Any], tmp_path: Path) -> None:
+    a_run(tmp_path / "run", validated(0, 0.9, 0.9), {"event": "finished"})
+    ui = open_panel("M4oETraining").ui
+    assert ui.progressBar.value == 100
+    ui.forgetButton.click()
+    assert (ui.progressBar.value, ui.statusLabel.text, ui.shownRunLabel.text, ui.diceTable.rowCount) == (0, "", "", 0)
+
+
+def test_no_folder_is_chosen_at_first(panel: Any) -> None:
+    assert panel.ui.runFolderEdit.currentPath == ""
+
+
+@pytest.mark.parametrize("experts", [("ct",), ("ct", "mr_dixon")])
+@pytest.mark.parametrize("more", [[], ["--synthesise"], ["--pretrain", "7"], ["--add-modality", "mr_dixon"]])
+def test_the_stages_are_those_of_the_training(panel: Any, experts: tuple[str, ...], more: list[str]) -> None:
+    from m4oe import train_command
+    from m4oe.training import config, plan_data
+    from M4oETrainingLib import Runs
+
+    parser = argparse.ArgumentParser()
+    train_command.add_train_command(parser.add_subparsers())
+    options = parser.parse_args(["train", "data", "-o", "run", "--quick", "--length", "0.3", *more])
+    cases = [SimpleNamespace(case=name, expert=name, modality=name[:2].upper()) for name in experts]
+    plan = SimpleNamespace(cases=lambda split: cases, unlabelled=list)
+    wanted = train_command._with_options(config.QUICK, options)
+    if options.add_modality:
+        stages = config.addition_stages(wanted.stages)
+    else:
+        stages = plan_data.plan_config(wanted, plan, options.synthesise).stages
+    panel.ui.presetSelector.currentIndex = 0
+    panel.parameters.length, panel.parameters.pretrain = 0.3, options.pretrain
+    panel.parameters.synthesise, panel.parameters.baseModel = options.synthesise, options.add_modality or ""
+    text = Runs.stages(panel.parameters, len(experts))
+    assert text == ", ".join(f"{stage.name} {stage.steps}" for stage in stages)
+
+
+def test_the_stages_of_checked_data_are_shown(panel: Any, scans: list[str], tmp_path: Path) -> None:
+    assert panel.ui.stagesLabel.text.endswith("(gate: only for several experts)")
+    add(panel, tmp_path / "a")
+    assert "gate" not in panel.ui.stagesLabel.text and panel._data.experts == {"ct"}
