@@ -159,9 +159,9 @@ class M4oETrainingWidget(Panel):
     def onStart(self) -> None:
         with errorsShown(_("The training cannot be started.")):
             command = self._command()
-            if self._view is not None and str(self._view.run.folder) == self.parameters.runFolder:
+            if self._isShown():
                 self._closeView()  # its events begin anew
-            self._start(self.parameters.runFolder, command)
+            self._start(str(Path(self.parameters.runFolder)), command)
         self._showRuns()
 
     def onResume(self) -> None:
@@ -217,6 +217,10 @@ class M4oETrainingWidget(Panel):
         self._showModels()
         self.onTimer()
 
+    def _isShown(self) -> bool:
+        """Whether the run that is shown is that of the chosen folder."""
+        return self._view is not None and self._view.run.folder == Path(self.parameters.runFolder)
+
     def _closeView(self) -> None:
         if self._view is not None:
             self._view.close()
@@ -267,8 +271,7 @@ class M4oETrainingWidget(Panel):
         ui.pauseButton.enabled = state == "running"
         ui.stopButton.enabled = state in ("running", "pausing")
         ui.resumeButton.enabled = state in ("paused", "stopped", "failed")
-        same = bool(state) and str(self._view.run.folder) == self.parameters.runFolder
-        underWay = same and state in ("running", "pausing", "stopping")
+        underWay = self._isShown() and state in ("running", "pausing", "stopping")
         ui.startButton.enabled = not self._estimate.busy and not underWay
         why = _("The training in this folder is under way") if underWay else ""
         why = why or (_("An estimate is under way") if self._estimate.busy else "")

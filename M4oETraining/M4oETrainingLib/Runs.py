@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m4oe.training_run import ACTIVE, EVENTS, Run
+from m4oe.training_run import ACTIVE, EVENTS, Run, check_folder
 from M4oESegmentationLib import Worker
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
@@ -83,7 +83,7 @@ def makeWay(folder: str) -> None:
     """Takes away what was prepared in a folder with choices that may have changed; prepared cases are used again.
 
     Raises:
-        ValueError: The folder has a training that is under way or has learned something.
+        ValueError: The folder has a training that is under way or has learned something, or holds something else.
     """
     if _isRun(folder):
         if Run(folder).state() in ACTIVE:
@@ -95,6 +95,7 @@ def makeWay(folder: str) -> None:
                 "and press Resume; for another one choose an empty folder."
             )
             raise ValueError(text.format(folder=folder))
+    check_folder(Path(folder))  # a data set may have files of these names
     if not hasBegun(folder):
         for name in _PREPARED:
             Path(folder, name).unlink(missing_ok=True)

@@ -450,6 +450,17 @@ def test_a_training_that_has_begun_keeps_its_choices(
     assert commands == [["m4oe"]]
 
 
+def test_files_of_a_data_set_are_not_cleared_away(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("plan.json", "a.nii.gz"):
+        (tmp_path / name).touch()
+    commands = started(panel, monkeypatch, tmp_path)
+    panel.ui.startButton.click()
+    assert "something else than a training" in dialogs.errors[0]
+    assert (tmp_path / "plan.json").exists() and commands == []
+
+
 def test_what_is_under_way_is_not_started_again(
     open_panel: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,7 +468,7 @@ def test_what_is_under_way_is_not_started_again(
     panel = open_panel("M4oETraining")
     panel._view.poll = lambda: False
     panel._view.state = "running"
-    panel.ui.runFolderEdit.currentPath = str(run)
+    panel.ui.runFolderEdit.currentPath = f"{run}/"
     panel.onTimer()
     assert not panel.ui.startButton.enabled and "under way" in panel.ui.startButton.toolTip
     panel.ui.runFolderEdit.currentPath = str(tmp_path / "next")
