@@ -33,7 +33,7 @@ from .segment_command import (
     start_folder,
 )
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, installed_models, model_folders, read_spec
-from .terminal import FAILURES, count, keys, prepare_folder, progress_bar, say, say_error, score_table
+from .terminal import FAILURES, count, keys, prepare_folder, progress_bar, say, say_error, score_table, structures
 from .train_command import add_train_command
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("truth", metavar="TRUTH", type=Path, help="the same, of the truth; paired by case names")
     evaluate.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder for the results")
     evaluate.add_argument("--compare", type=Path, metavar="PRED", help="another model's segmentations, to compare")
-    evaluate.add_argument("--structures", type=keys, metavar="KEY,KEY", help="default: all that any truth lists")
+    evaluate.add_argument("--structures", type=structures, metavar="KEY,KEY", help="default: all that any truth lists")
     evaluate.add_argument("--labels", metavar="FILE", help="what label values mean, where files do not say it")
     evaluate.add_argument("--predicted-labels", metavar="FILE", help="the same of predictions; default: as --labels")
     evaluate.add_argument("--preset", choices=("default", "flare"), default="default", help="rules of a challenge")
@@ -264,7 +264,7 @@ def _compare(
     for label, key in spec.label_keys.items():
         if label in there:
             print(f"  {structure(key).name:<25}{dice[label]:.3f}")
-        elif key in found_ml:
+        elif found_ml.get(key):
             print(f"  {structure(key).name:<25}absent; {found_ml[key]:.2f} mL found wrongly")
 
 

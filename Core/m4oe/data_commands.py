@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,15 @@ def add_sources(
 ) -> None:
     """Adds the folders of data sets to a command, and what to say of data of your own."""
     parser.add_argument("folders", nargs=count, type=Path, metavar="FOLDER", help=sources)
-    parser.add_argument("--labels", metavar="FILE", help="of your own data: CSV, JSON, or 1=liver,2=spleen")
+    parser.add_argument("--labels", metavar="FILE", help="of your own data: CSV, JSON, or 1=liver,2=spleen,3-9=-")
     parser.add_argument("--modality", choices=("CT", "MR"), help="of your own data")
-    parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_t2")
+    parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_dixon")
 
 
 def _scan(options: argparse.Namespace) -> int:
     datasets = _find(options)
     results = []
-    for dataset in datasets:
-        reports = _check(dataset)
+    for dataset, reports in map(_checked, datasets):
         print(_describe(dataset, reports), flush=True)
         results.append(_values(dataset, reports))
     if options.json:
@@ -80,8 +79,9 @@ def plan_folders(options: argparse.Namespace, path: Path, **shares: Any) -> Plan
     from .training.plan import SPLITS, make_plan, read_plan, write_plan
 
     old = read_plan(path) if path.exists() else None
-    datasets = _find(options)
-    plan, findings = make_plan(datasets, {dataset.name: _check(dataset) for dataset in datasets}, old, **shares)
+    checked = [_checked(dataset) for dataset in _find(options)]
+    reports = {dataset.name: reports for dataset, reports in checked}
+    plan, findings = make_plan([dataset for dataset, _ in checked], reports, old, **shares)
     write_plan(path, plan)
     for dataset in plan.datasets:
         found = [plan.split_of(dataset, case) for case in dataset.cases if case.label]
@@ -116,16 +116,22 @@ def _find(options: argparse.Namespace) -> list[DataSet]:
     from .names import read_label_table
     from .training.datasets import find_datasets
     from .training.layouts import Hints
+    from .training.plan import check_experts
 
     names = read_label_table(options.labels) if options.labels else {}
     hints = Hints(names, options.modality, options.expert)
-    return [dataset for folder in options.folders for dataset in find_datasets(folder, hints)]
+    datasets = [dataset for folder in options.folders for dataset in find_datasets(folder, hints)]
+    check_experts(case for dataset in datasets for case in dataset.cases)
+    return datasets
 
 
-def _check(dataset: DataSet) -> list[CaseReport]:
+def _checked(dataset: DataSet) -> tuple[DataSet, list[CaseReport]]:
+    """What the check says of each case, and the data set with the modalities that it found."""
     from .training.check import check_cases
 
-    return list(_progress(dataset.name, len(dataset.cases), check_cases(dataset.cases)))
+    reports = list(_progress(dataset.name, len(dataset.cases), check_cases(dataset.cases)))
+    cases = [replace(case, modality=report.modality) for case, report in zip(dataset.cases, reports, strict=True)]
+    return replace(dataset, cases=tuple(cases)), reports
 
 
 def _progress(title: str, total: int, items: Iterable[Any]) -> Iterator[Any]:

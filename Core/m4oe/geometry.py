@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+CANONICAL_AXES = "LPS"  # the order in which the network sees a volume
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _LETTERS = (("R", "L"), ("A", "P"), ("S", "I"))  # positive and negative direction of the RAS axes
 _SINGULAR = 1e-6  # determinant of the unit columns; three columns this flat span no volume

@@ -50,10 +50,10 @@ class Report:
             "gate", or "model" where a model has nothing to choose for the whole volume.
         seconds: Wall time by phase; a GPU works on while the next phase begins.
         peak_memory_mib: Highest memory of the process (on a GPU: of its allocations) seen in each phase.
-        volumes_ml: Volume of each structure that was found.
+        volumes_ml: Of each structure that was asked for and that the experts in use know; 0 where it was not found.
         warnings: Sentences for the user.
         confidence: Mean probability, in [0, 1], that the network gave each structure where its own grid shows it.
-        intensities: Mean and standard deviation of the volume's values in each structure.
+        intensities: Mean and standard deviation of the volume's values (of CT: HU) in each structure that was found.
         flags: What to check, by structure: "implausible" volume, "cut" by the field of view, "low confidence".
     """
 

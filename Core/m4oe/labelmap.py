@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .files import read_volume
 from .geometry import LPS, Grid, Volume
 from .labels import catalogue
-from .names import BACKGROUND, key_of, named_rows
+from .names import BACKGROUND, delimiter, key_of, named_rows
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 _HIGHEST = 65535  # label value
@@ -186,7 +186,7 @@ def _is_layered(segments: Iterable[_Segment]) -> bool:
 def _color_table(path: Path) -> dict[int, str] | None:
     """Names by label value; None where the file is a table of another kind."""
     text = path.read_text(encoding="utf-8-sig")
-    if not {"LabelValue", "Name"} <= {*text.partition("\n")[0].split(",")}:
+    if not {"LabelValue", "Name"} <= {*text.partition("\n")[0].split(delimiter(text))}:
         return None
     return {value: name for value, name in named_rows(text).items() if value}
 

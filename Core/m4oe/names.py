@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from .labels import catalogue
 
 BACKGROUND = "background"
+NOTHING = "-"  # for a label value that means none of the structures that are named
 _ABBREVIATIONS = {
     "lk": "left kidney",
     "rk": "right kidney",
@@ -41,8 +43,8 @@ _NAME_COLUMNS = ("key", "structure", "name")
 
 
 def key_of(name: str) -> str | None:
-    """The key of the structure that `name` means, whatever its spelling, or None; "background" is one."""
-    return _index().get(_words(name))
+    """The key of the structure that `name` means, whatever its spelling, or None; "background" is one, also as "-"."""
+    return BACKGROUND if name.strip() == NOTHING else _index().get(_words(name))
 
 
 def keys_of(names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
@@ -85,13 +87,29 @@ def named_values(labels: Mapping[str, Any]) -> dict[int, str]:
 
 def named_rows(text: str) -> dict[int, str]:
     """Names by label value from a table, see `read_label_table`; one without rows has none."""
-    lines = text.splitlines()
-    rows = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ";" if ";" in lines[0] else ",")
-    header = [column.strip().lower() for column in next(rows)]
+    rows = csv.reader(text.splitlines(), delimiter=delimiter(text))
+    header = [column.strip().lower() for column in next(rows, [])]
     value, name = (
         header.index(min({*names} & {*header}, key=names.index)) for names in (_VALUE_COLUMNS, _NAME_COLUMNS)
     )
     return {int(row[value]): row[name].strip() for row in rows if row}
+
+
+def delimiter(table: str) -> str:
+    """What separates the columns of a table, by its header: a tab, a semicolon (as of Excel in German) or a comma."""
+    header = table.partition("\n")[0]
+    return next((sign for sign in "\t;" if sign in header), ",")
+
+
+def read_rows(path: Path) -> csv.DictReader[str]:
+    """The rows of a table with a header, with or without a byte order mark.
+
+    Raises:
+        OSError: It cannot be read.
+        UnicodeDecodeError: It is not in UTF-8.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    return csv.DictReader(StringIO(text, newline=""), delimiter=delimiter(text), skipinitialspace=True)
 
 
 def read_meanings(source: Path | str) -> dict[int, str]:
@@ -108,12 +126,14 @@ def _all_known(source: Path | str, names: Mapping[int, str]) -> dict[int, str]:
     keys, unknown = keys_of(names)
     if unknown:
         named = ", ".join(f"{value} ({name})" for value, name in unknown.items())
-        raise ValueError(f"{source} names what is no structure: {named}; see structures.csv for the keys")
+        raise ValueError(
+            f"{source} names what is no structure: {named}; take English names such as Left kidney, or - for none"
+        )
     return keys
 
 
 def read_label_table(source: Path | str) -> dict[int, str]:
-    """Names by label value, from JSON, a CSV or TSV table, or a text such as "1=liver,2=spleen".
+    """Names by label value, from JSON, a CSV or TSV table, or a text such as "1=liver,2=spleen,3-9=-".
 
     JSON is {"1": "liver"}, {"liver": 1} or a dataset.json. A table has a header with a column LabelValue, label,
     index, id or value, and a column key, structure or name: Slicer's colour tables and those of BIDS do.
@@ -137,10 +157,11 @@ def read_label_table(source: Path | str) -> dict[int, str]:
 
 
 def _from_text(text: str) -> dict[int, str]:
-    pairs = [item.partition("=")[::2] for item in text.split(",")]
-    if not all(value.strip().isdecimal() and name.strip() for value, name in pairs):
-        raise ValueError(f"the labels {text} are not understood, expected a file or such as 1=liver,2=spleen")
-    names = {int(value): name.strip() for value, name in pairs}
+    pairs = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*=\s*(\S.*?)\s*", item) for item in text.split(",")]
+    if not all(pairs):
+        raise ValueError(f"the labels {text} are not understood, expected a file or such as 1=liver,2=spleen,3-9=-")
+    ranges = [(int(pair[1]), int(pair[2] or pair[1]), pair[3]) for pair in pairs if pair]
+    names = {value: name for first, last, name in ranges for value in range(first, last + 1)}
     _all_known(text, names)  # unlike those of a table, they were all meant to be used
     return names
 

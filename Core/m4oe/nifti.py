@@ -111,7 +111,7 @@ def choose_frame(frames: int, frame: int | None) -> int:
     if frames == 1:
         return 0
     if frame is None:
-        choice = f"0 to {frames - 1}, by --frame N on the command line, frame=N in Python"
+        choice = f"0 to {frames - 1}, by --frame N in a command, frame=N in Python, or the column frame of a table"
         raise ValueError(f"it has {frames} frames, choose one of {choice}.")
     if not 0 <= frame < frames:
         raise ValueError(f"it has no frame {frame}, its frames are 0 to {frames - 1}.")

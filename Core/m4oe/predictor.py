@@ -16,14 +16,15 @@ import psutil
 import torch
 
 from .cleanup import remove_islands
-from .geometry import Grid, Volume, label_intensities
+from .geometry import CANONICAL_AXES, Grid, Volume, label_intensities
 from .jobs import Cancelled, Report
 from .labels import Structure, structure
+from .modality import Evidence, modality_evidence
 from .network.moe import keep_top_k
 from .network.swin import SwinBlock
 from .network.unet import MoESwinUNet
 from .package import load_model
-from .resample import CANONICAL_AXES, CanonicalVolume, Evidence, FieldPainter, LabelPainter, modality_evidence
+from .resample import CanonicalVolume, FieldPainter, LabelPainter
 from .spec import DEFAULT_MODEL, find_model
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -159,10 +160,11 @@ class Predictor:
             with phases("cleanup"):
                 counts = self._clean(labels, classes, keep, volume.grid.voxel_ml)
                 intensities = label_intensities(found, volume.array)
-        volumes = {self.spec.label_keys[label]: count * volume.grid.voxel_ml for label, count in counts.items()}
+        asked = [label for label in sorted(classes) if label in keep]
+        volumes = {self.spec.label_keys[label]: counts.get(label, 0) * volume.grid.voxel_ml for label in asked}
         cut = [self.spec.label_keys[label] for label in _labels_at_border(labels)]
         sure = {self.spec.label_keys.get(classes[number]): value for number, value in probabilities.by_class().items()}
-        confidence = {key: sure[key] for key in volumes if key in sure}
+        confidence = {key: sure[key] for key, found_ml in volumes.items() if found_ml and key in sure}
         warnings = (
             *volume.warnings,
             *route.doubts,
@@ -181,8 +183,11 @@ class Predictor:
             volumes_ml=volumes,
             warnings=warnings,
             confidence=confidence,
-            intensities={self.spec.label_keys[label]: pair for label, pair in intensities.items()},
-            flags=_flags(volumes, cut, confidence),
+            intensities={
+                self.spec.label_keys[label]: (mean + evidence.offset, deviation)
+                for label, (mean, deviation) in intensities.items()
+            },
+            flags=_flags(volumes, cut, confidence, volume.grid),
         )
         return Volume(found, volume.grid, volume.name), report
 
@@ -397,12 +402,12 @@ def _labels_at_border(labels: np.ndarray) -> list[int]:
 
 
 def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -> list[str]:
-    if not volumes_ml:
+    found = {key: structure(key) for key, found_ml in volumes_ml.items() if found_ml}
+    if not found:
         return ["nothing was found: check the field of view, the modality and the model's structures"]
-    if min(grid.shape) == 1:
+    if _is_single_slice(grid):
         thickness = grid.spacing[2 - grid.shape.index(1)]
-        return [f"a single slice: volumes are areas times {thickness:g} mm, and were not compared with patients'"]
-    found = {key: structure(key) for key in volumes_ml}
+        return [f"a single slice: volumes are areas times {thickness:g} mm, and no patient's were compared with them"]
     warnings = [
         f"{item.name} has {_ml(volumes_ml[key])} mL, outside the {item.volume_ml[0]:g} to {item.volume_ml[2]:g} mL "
         "seen in patients: check it"
@@ -414,13 +419,21 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -
     return warnings
 
 
-def _flags(volumes_ml: dict[str, float], cut: list[str], confidence: dict[str, float]) -> dict[str, tuple[str, ...]]:
+def _is_single_slice(grid: Grid) -> bool:
+    return min(grid.shape) == 1
+
+
+def _flags(
+    volumes_ml: dict[str, float], cut: list[str], confidence: dict[str, float], grid: Grid
+) -> dict[str, tuple[str, ...]]:
+    is_slice = _is_single_slice(grid)
     checks = {
-        "implausible": lambda key: not _is_plausible(structure(key), volumes_ml[key], key in cut),
+        "implausible": lambda key: not is_slice and not _is_plausible(structure(key), volumes_ml[key], key in cut),
         "cut": lambda key: key in cut,
         "low confidence": lambda key: confidence.get(key, 1.0) < _CONFIDENT,
     }
-    flags = {key: tuple(flag for flag, applies in checks.items() if applies(key)) for key in volumes_ml}
+    found = [key for key, found_ml in volumes_ml.items() if found_ml]
+    flags = {key: tuple(flag for flag, applies in checks.items() if applies(key)) for key in found}
     return {key: words for key, words in flags.items() if words}
 
 

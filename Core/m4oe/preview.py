@@ -19,8 +19,9 @@ from scipy.spatial.distance import cdist
 from .files import atomic_write
 from .geometry import Volume, foreground_box
 from .labels import Structure, catalogue, structure
+from .modality import modality_evidence
 from .raster import INK, Facets, Floats, blend, contour, draw_dot, draw_text, fit, lab, render, resize, write_png
-from .resample import CanonicalVolume, modality_evidence
+from .resample import CanonicalVolume
 from .spec import IntensityRule
 
 _WIDTH, _HEIGHT, _MARGIN, _TOP, _GAP, _LEGEND = 1920, 1080, 48, 128, 12, 348

@@ -7,53 +7,17 @@ of the volume; P pixel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Volume
+from .geometry import CANONICAL_AXES, Volume
+from .modality import finite_sample
+from .modality import modality_evidence as modality_evidence  # by how it is used together
 from .spec import IntensityRule
 
-CANONICAL_AXES = "LPS"
-_SAMPLE_VOXELS = 2_000_000
-_HU_OFFSET = 1024.0
-_AIR_HU, _AIR_SHARE = -200.0, 0.005  # some MR has a few values as low, by resampling
 _SCORES_AT_ONCE = 1 << 22
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a volume's header and intensities say about its modality.
-
-    Attributes:
-        modality: "CT" or "MR": whose intensity rule applies.
-        certain: Whether the DICOM tag or Hounsfield units prove it.
-        offset: Added to the stored values to get HU (0 unless the CT was stored with an offset).
-        doubt: A sentence for the user, or "".
-    """
-
-    modality: str
-    certain: bool
-    offset: float = 0.0
-    doubt: str = ""
-
-
-def modality_evidence(volume: Volume) -> Evidence:
-    """Judges a volume by its DICOM modality, then by its intensities: only HU are clearly negative."""
-    sample = _finite_sample(volume.to_axes(CANONICAL_AXES).array)
-    if sample.size == 0 or volume.modality == "MR":
-        return Evidence(volume.modality or "MR", certain=volume.modality is not None)
-    if np.mean(sample <= _AIR_HU) > _AIR_SHARE:
-        return Evidence("CT", certain=True)
-    if _looks_like_offset_hu(sample):
-        doubt = f"values look like HU + {_HU_OFFSET:.0f}; {_HU_OFFSET:.0f} was subtracted"
-        return Evidence("CT", certain=True, offset=-_HU_OFFSET, doubt=doubt)
-    if volume.modality == "CT":
-        return Evidence("CT", certain=True)
-    return Evidence("MR", certain=False)
 
 
 class CanonicalVolume:
@@ -243,24 +207,7 @@ def _positions(fine: int, coarse: int) -> Tensor:
 def _bounds(array: np.ndarray, rule: IntensityRule, offset: float) -> tuple[float, float]:
     if rule.kind == "window":
         return rule.low, rule.high
-    sample = _finite_sample(array)
+    sample = finite_sample(array)
     sample = sample[sample != 0]
     low, high = np.percentile(sample, [rule.low, rule.high]) + offset if sample.size else (0.0, 1.0)
     return float(low), float(max(high, low + 1e-6 * max(1.0, abs(low))))
-
-
-def _finite_sample(array: np.ndarray) -> np.ndarray:
-    """Values on a regular sub-grid of about two million voxels, without NaN and infinity."""
-    step = max(1, int(np.ceil((array.size / _SAMPLE_VOXELS) ** (1 / 3))))
-    sample = array[::step, ::step, ::step].ravel()
-    return sample[np.isfinite(sample)].astype(np.float32)
-
-
-def _looks_like_offset_hu(sample: np.ndarray) -> bool:
-    """Whether a non-negative volume has CT's two peaks, air and soft tissue, 1024 too high, and little between."""
-    if sample.min() < 0 or sample.max() < 1100:
-        return False
-    air, between, tissue = (
-        float(np.mean((sample >= low) & (sample < high))) for low, high in ((0, 150), (250, 800), (850, 1250))
-    )
-    return air > 0.05 and tissue > 0.1 and between < 0.25 * tissue

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .labels import structure
+from .names import read_rows
 from .spec import DEFAULT_MODEL, ModelSpec, find_model, read_spec
-from .terminal import FAILURES, count, keys, one_line, prepare_folder, progress_bar, say, say_error
+from .terminal import FAILURES, count, one_line, prepare_folder, progress_bar, say, say_error, structures
 
 if TYPE_CHECKING:
     from .geometry import Volume
@@ -125,7 +126,7 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="file or name; default: %(default)s")
     parser.add_argument("--expert", default="auto", metavar="NAME", help="auto, or an expert to overrule the gate")
     parser.add_argument(
-        "--structures", type=keys, metavar="KEY,KEY", help="structures to keep; default: all of the model"
+        "--structures", type=structures, metavar="KEY,KEY", help="to keep, by key or name; default: all of the model"
     )
     parser.add_argument("--frame", type=int, metavar="N", help="frame of 4-D volumes, from 0; 3-D ones have but one")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
@@ -163,14 +164,11 @@ def _segment(options: argparse.Namespace) -> int:
 def _sum_up(outcomes: Counter[str], total: int, options: argparse.Namespace, voice: Voice) -> int:
     """Says what came of all inputs, and gives back the exit code."""
     done, there = outcomes["done"], outcomes["there"]
-    skipped = outcomes["skipped"]
-    parts = [f"{done} of {total} segmented"]
-    parts += [f"{skipped} skipped"] if skipped else []
-    parts += [f"{there} skipped as done before"] if there else []
-    voice.result(", ".join(parts) + (f"; results are in {options.output}" if done + there else ""))
-    missing = total - done - there - skipped
-    voice.event("end", done=done, failed=missing, skipped=skipped + there + outcomes["label map"])
-    return int(done + there == 0 or missing > 0)
+    skipped, failed = there + outcomes["skipped"] + outcomes["label map"], total - done - there - outcomes["skipped"]
+    where = f"; results are in {options.output}" if done + there else ""
+    voice.result(f"{done} done, {skipped} skipped, {failed} failed{where}")
+    voice.event("end", done=done, failed=failed, skipped=skipped)
+    return int(done + there == 0 or failed > 0)
 
 
 # What there is to segment
@@ -237,11 +235,10 @@ def _expand(case: _Case, named: set[Path], voice: Voice, outcomes: Counter[str])
 def _read_table(table: Path) -> list[_Case | tuple[str, Exception]]:
     """The cases of a table, or for a row that says none its case and error; paths are relative to the table."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns, lines = reader.fieldnames or [], list(reader)
+        reader = read_rows(table)
+        columns, lines = reader.fieldnames or [], list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table} is no table in UTF-8 ({error}); save it as CSV in UTF-8, with commas") from error
+        raise ValueError(f"{table} is no table in UTF-8 ({error}); save it as CSV in UTF-8") from error
     if "input" not in columns:
         came = ", ".join(columns) or "none"
         raise ValueError(f"{table} has the columns {came}; expected input and, if wanted, case, expert, frame")
@@ -415,9 +412,11 @@ def read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
 
     target = options.output / f"{name}.{options.format}"
     if target.exists() and target.samefile(path):
-        raise ValueError(f"{path}: its result would replace it; choose another folder or another --format")
+        raise ValueError(f"{path}: its result would replace it; choose another folder or format (--format)")
     if options.format == "dcm" and not is_dicom(path):
-        raise ValueError(f"{path} is not DICOM, and DICOM SEG needs the series it was made of; choose another --format")
+        raise ValueError(
+            f"{path} is not DICOM, and DICOM SEG needs the series it was made of; choose another format (--format)"
+        )
     volume = read_series(path) if path.is_file() and is_dicom(path) else read_volume(path, options.frame)
     return replace(volume, warnings=(*volume.warnings, _LABEL_MAP)) if is_label_map(path, volume) else volume
 
@@ -434,7 +433,7 @@ def segment_volume(
     entry = {"input": str(source.absolute()), "files": [path.name for path in written], **asdict(report)}
     asked = {"expert": options.expert, "structures": options.structures, "frame": options.frame}
     _record(options.output, name, entry | {"asked": asked | {"quality": options.quality}}, voice)
-    found = count(len(report.volumes_ml), "structure")
+    found = count(sum(found_ml > 0 for found_ml in report.volumes_ml.values()), "structure")
     voice.result(f"{name}: {found}, {_experts(report)}, {sum(report.seconds.values()):.1f} s")
     for warning in report.warnings:
         voice.say(f"m4oe: warning: {name}: {warning}")
@@ -457,8 +456,8 @@ def _experts(report: Report) -> str:
     used = {key: weight for key, weight in report.expert_weights.items() if weight >= 0.005}
     names = ", ".join(used if len(used) == 1 else [f"{key} {weight:.0%}" for key, weight in used.items()])
     sure = "".join(f" ({report.gate[key]:.0%})" for key in used) if len(used) == 1 and report.gate else ""
-    chosen = {"user": ", as you named it", "modality": " by header or HU", "gate": f" by the gate{sure}"}
-    return f"expert {names}{chosen.get(report.chosen_by, '')}"
+    by = {"user": "you", "modality": "the header or HU", "gate": f"the gate{sure}"}.get(report.chosen_by)
+    return f"expert {names}{f', chosen by {by}' if by else ''}"
 
 
 def draw(
@@ -532,7 +531,7 @@ def _entries(folder: Path) -> dict[str, Any]:
 
 
 def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row per case and structure; a case that failed, or where nothing was found, has one without a structure.
+    """A row per case and structure that was asked for; a case that failed has one without a structure.
 
     The note of a row has the flags of its structure, that of a case's first row also the warnings of the case.
     """
@@ -543,7 +542,8 @@ def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
         experts = " ".join(key for key, weight in entry.get("expert_weights", {}).items() if weight >= 0.005)
         about, warnings = (experts, entry.get("model", "")), tuple(entry.get("warnings", ()))
         for number, (key, volume) in enumerate(volumes.items()):
-            notes = (*entry.get("flags", {}).get(key, ()), *(warnings if number == 0 else ()))
+            flags = entry.get("flags", {}).get(key, ()) if volume else ("not found",)
+            notes = (*flags, *(warnings if number == 0 else ()))
             rows.append((case, key, structure(key).name, f"{volume:.2f}", *about, "; ".join(notes)))
         if failed:
             rows.append((case, "", "", "", "", "", failed))

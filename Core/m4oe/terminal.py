@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from .labels import catalogue
+from .names import key_of
 from .spec import ModelSpec
 
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
@@ -22,6 +24,11 @@ def count(number: int, noun: str) -> str:
 def keys(text: str) -> list[str]:
     """The parts of a list with commas, at least one."""
     return [key.strip() for key in text.split(",") if key.strip()] or [text]
+
+
+def structures(text: str) -> list[str]:
+    """The parts of a list with commas, the names of structures, such as "Left kidney", as their keys."""
+    return [key if key in catalogue() else key_of(key) or key for key in keys(text)]
 
 
 def one_line(error: object) -> str:
@@ -75,7 +82,13 @@ def score_table(spec: ModelSpec) -> str:
     width = max(10, *(len(name) + 2 for name in spec.expert_names))
     data = spec.training.get("data")
     cases = "computer-made phantoms" if "phantom" in str(data) else "cases"
-    lines = [f"Scored on {cases} that training did not see{f' (training data: {data})' if data else ''}:"]
+    validated = spec.training.get("scored_on_validation", ())
+    seen = "learn from" if validated else "see"
+    lines = [f"Scored on {cases} that training did not {seen}{f' (training data: {data})' if data else ''}:"]
+    if validated:
+        lines.append(
+            f"Of {', '.join(validated)} they are validation cases, which chose the weights: there was no other."
+        )
     lines.append("Dice".ljust(24) + "".join(name.rjust(width) for name in spec.expert_names))
     if counts := spec.training.get("scored_cases"):
         lines.append("(cases)".ljust(24) + "".join(str(counts.get(n, "-")).rjust(width) for n in spec.expert_names))

@@ -16,7 +16,7 @@ from .data_commands import add_sources, plan_folders
 from .jobs import Cancelled
 from .spec import DEFAULT_MODEL, find_model, read_spec
 from .terminal import count, one_line, prepare_folder, say, score_table
-from .training_run import EVENTS
+from .training_run import EVENTS, check_folder
 
 if TYPE_CHECKING:
     from .network.unet import MoESwinUNet
@@ -72,6 +72,7 @@ def _train(options: argparse.Namespace) -> int:
     from .training.score import score_model
 
     _check(options)
+    check_folder(options.output)
     prepare_folder(options.output)
     device = local_device() if options.device == "auto" else options.device
     with joined_ranks() as ranks, _listener(options) as emit:
@@ -88,7 +89,7 @@ def _train(options: argparse.Namespace) -> int:
             say(one_line(pause))
             return 0
         if ranks.rank == 0:
-            results = score_model(model, job.held_back, logged, device)
+            results = score_model(model, job.held_back, logged, device, job.data.validation)
             report = write_report(options.output, results, job.held_back, device)
             logged({"event": "finished", "model": str(model), "report": str(report)})
             print(f"\n{score_table(read_spec(model))}\n\nmodel: {model}\nreport: {report}")
@@ -177,13 +178,17 @@ def _write_synthesis(path: Path, job: _Job, emit: Emit) -> None:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """The plan that was named, or the one of the folders, which a run that goes on finds beside it."""
-    from .training.plan import read_plan
+    from .training.plan import read_plan, split_remarks
 
     named = options.folders[0].is_file() or options.folders[0].suffix == ".json"
     path = options.folders[0] if named else options.output / "plan.json"
     if not named and not path.exists():
         plan_folders(options, path)
-    return read_plan(path)
+        return read_plan(path)
+    plan = read_plan(path)
+    for finding in split_remarks(plan):
+        say(f"m4oe: warning: {finding.sentence}")
+    return plan
 
 
 def _with_options(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:

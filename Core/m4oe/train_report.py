@@ -30,6 +30,7 @@ _TITLES = {
 }
 
 
+_TOLD = ("stages", "scored_on_validation")  # in other words
 _METRICS = (("dice", "Dice", 3), ("nsd", "Normalised surface Dice", 3), ("hd95_mm", "HD95 (mm)", 1))
 
 
@@ -61,7 +62,7 @@ def write_report(
         _facts(spec, events),
         "<h2>Course</h2>",
         f'<div class="plots">{"".join(_plots(events))}</div>',
-        f"<h2>Scores on {len(results)} cases that training did not see</h2>",
+        f"<h2>Scores on {len(results)} cases</h2><p>{_where_from(results)}</p>",
         _score_tables(results),
         _gate_table(spec, results),
         *_pictures(Predictor(model, device), results, sources),
@@ -93,7 +94,7 @@ def _facts(spec: ModelSpec, events: Sequence[Event]) -> str:
         "Network": f"{network.gate} gate, width {network.embed_dim}, depths {', '.join(map(str, network.depths))}",
         "Stages": "; ".join(_stage(*stage) for stage in spec.training.get("stages", ())),
         "Minutes": ", ".join(f"{stage} {spent / 60:.1f}" for (stage, _), spent in seconds.items()),
-        **{key.capitalize(): str(value) for key, value in spec.training.items() if key != "stages"},
+        **{key.capitalize(): str(value) for key, value in spec.training.items() if key not in _TOLD},
         "Licence": spec.licence,
         "Limits": spec.limits,
     }
@@ -166,6 +167,15 @@ def _plot(title: str, curves: Sequence[_Curve], borders: Iterable[float], highes
 
 
 # Scores
+
+
+def _where_from(results: Sequence[CaseResult]) -> str:
+    """Whether the cases are of test patients, or of those that chose the weights."""
+    experts = list(dict.fromkeys(result.expert for result in results if result.chose_weights))
+    if not experts:
+        return "Training did not see these patients."
+    of = "" if all(result.chose_weights for result in results) else f" of {', '.join(map(escape, experts))}"
+    return f"There was no test patient{of}: scored are the validation cases, which chose the weights, so they flatter."
 
 
 def _score_tables(results: Sequence[CaseResult]) -> str:

@@ -23,6 +23,7 @@ EVENTS = "events.jsonl"
 ACTIVE = ("running", "pausing", "stopping")  # states of a run that has a process
 PATIENCE = 60.0  # seconds in which a run has to obey
 _FACTS, _LOG = "run.json", "run.log"
+_BEFORE = frozenset({"plan.json", "cache", "config.json", "data.sha256", "tensorboard", PAUSE, _LOG})  # comes first
 _TAIL_BYTES, _TAIL_LINES = 8192, 8
 _STILL_ACTIVE = 259
 _children: list[subprocess.Popen[bytes]] = []  # asked now and then, so that no dead one is taken for alive
@@ -38,6 +39,7 @@ class _Facts:
         birth: When that process started, in the system's words: a number that is given anew has another birth.
         wish: "", "pause" or "stop": what the user asked for.
         asked: When that was, in seconds since 1970.
+        logged: Bytes of the log that are of earlier attempts.
     """
 
     command: tuple[str, ...]
@@ -45,6 +47,7 @@ class _Facts:
     birth: str
     wish: str = ""
     asked: float = 0.0
+    logged: int = 0
 
 
 class Run:
@@ -129,14 +132,15 @@ class Run:
         return [event for event in map(_event, whole.splitlines()) if event], offset + len(whole)
 
     def last_words(self) -> str:
-        """The end of what it said, without its events."""
+        """The end of what it said since it was last started, without its events."""
         try:
             with (self.folder / _LOG).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                file.seek(max(self._facts().logged, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 lines = file.read().decode("utf-8", "replace").splitlines()
         except OSError:
             return ""
-        return "\n".join([line for line in lines if line.strip() and not line.startswith("{")][-_TAIL_LINES:])
+        said = [line.removeprefix("m4oe: error: ") for line in lines if line.strip() and not line.startswith("{")]
+        return "\n".join(said[-_TAIL_LINES:])
 
     def _facts(self) -> _Facts:
         path = self.folder / _FACTS
@@ -183,6 +187,17 @@ class Progress:
                 self.fraction, self.seconds_left = 1.0, 0.0
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that holds something else than a run, such as a data set, which a run would bury in its files.
+
+    Raises:
+        ValueError: It does.
+    """
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+    if strange := sorted(names - _BEFORE) if names.isdisjoint((_FACTS, EVENTS)) else []:
+        raise ValueError(f"{folder} holds something else than a training, such as {strange[0]}; choose an empty folder")
+
+
 def start_run(folder: Path | str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
     """Starts a training, or goes on with one, in a process that outlives this one.
 
@@ -193,22 +208,24 @@ def start_run(folder: Path | str, command: Sequence[str], environment: Mapping[s
 
     Raises:
         RuntimeError: The folder's run is running.
-        ValueError: There is no such command.
+        ValueError: There is no such command, or the folder holds something else.
         OSError: The folder cannot be written.
     """
     folder = Path(folder)
     if (folder / _FACTS).exists() and Run(folder).state() in ACTIVE:
         raise RuntimeError(f"the run in {folder} is still running; wait for it, or choose another folder")
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PAUSE).unlink(missing_ok=True)
         log = (folder / _LOG).open("ab")
+        logged = log.tell()
     except OSError as error:
         raise OSError(f"cannot write into {folder} ({error.strerror}); choose a folder that can be written") from error
     with log:
         process = _detached(command, {**(os.environ if environment is None else environment)}, log)
     _children.append(process)
-    _write(folder, _Facts(tuple(command), process.pid, process_birth(process.pid)))
+    _write(folder, _Facts(tuple(command), process.pid, process_birth(process.pid), logged=logged))
     return Run(folder)
 
 

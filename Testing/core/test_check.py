@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from m4oe.files import read_header, read_volume
 from m4oe.geometry import Grid, Volume
-from m4oe.training.cases import CaseFiles, on_grid
+from m4oe.names import keys_of, read_label_table
+from m4oe.training.cases import CaseFiles, load_case, on_grid
 from m4oe.training.check import check_case, check_cases, find_structures, histogram
 
 Saved = Callable[..., Path]
@@ -206,3 +207,20 @@ def test_real_volumes_have_the_headers_that_reading_finds(shared_data: Path) -> 
 def test_a_histogram_counts_in_equal_bins() -> None:
     assert histogram([1, 1.5, 2, 5, 6]) == "1 to 6, median 2:  2 | 1 | 0 | 0 | 2"
     assert histogram([3, 3]) == "3, all alike"
+
+
+def test_a_value_that_means_none_of_the_named_structures_is_allowed(a_case: Callable[..., CaseFiles]) -> None:
+    case = replace(a_case(organs()), labels=keys_of(read_label_table("1=liver,2-4=-"))[0], annotated=("liver",))
+    assert check_case(case).is_usable and check_case(case).volumes_ml == {"liver": 960}
+    assert set(np.unique(load_case(case, ("liver", "spleen"))[1].array)) == {0, 1}
+
+
+def test_hounsfield_units_prove_a_ct_whatever_was_said(a_case: Callable[..., CaseFiles], saved: Saved) -> None:
+    case = a_case(organs())
+    hu = np.full((4, 4, 4), 40)
+    hu[0] = -1000
+    saved(case.image, hu, np.int16, spacing=(40.0, 40.0, 40.0))
+    report = check_case(replace(case, modality=None))
+    assert report.is_usable and report.modality == "CT"
+    assert "said to be MR, but its header or HU say CT" in found(replace(case, modality="MR"), "warning")
+    assert check_case(replace(case, modality="MR")).modality == "MR"

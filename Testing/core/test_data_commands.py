@@ -55,7 +55,7 @@ def test_scan_says_what_is_wrong_and_groups_it(
     assert data("scan", pairs, "--json", tmp_path / "scan.json") == 1
     text = "\n".join(lines(capsys))
     assert "error 30 cases (c00, c01, c02, ...): Its modality is not known" in text
-    assert "error c03: Its label holds 7, which its data set gives no meaning." in text
+    assert "error c03: Its label holds 7, which nothing gives a meaning: name them" in text
     assert "warning c05: " in text and "c05.nii.gz has no label" in text
     (dataset,) = json.loads((tmp_path / "scan.json").read_text(encoding="utf-8"))["datasets"]
     assert {"case": "c03", "severity": "error"}.items() <= dataset["findings"][-2].items() or len(

@@ -450,7 +450,7 @@ def test_pairs_without_a_table_and_what_fits_nothing_are_errors(tmp_path: Path) 
     dataset = the_set(tmp_path)
     assert [(case.case, case.modality) for case in dataset.cases] == [("a", None), ("b", None)]
     text = sentences(dataset)
-    assert "give a table with --labels" in text and "a_label_two.nii.gz is left out" in text
+    assert "give label values (--labels, or" in text and "a_label_two.nii.gz is left out" in text
     assert "c_label.nii.gz has no image" in text and "b.nii.gz has no label" in text
 
 
@@ -469,9 +469,11 @@ def test_equal_names_in_several_folders_stay_apart(tmp_path: Path) -> None:
     assert sorted(by_name(the_set(tmp_path))) == ["p1_ct", "p2_ct"]
 
 
-def test_a_table_of_cases_has_the_last_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_table_of_cases_has_the_last_word(tmp_path: Path, sign: str) -> None:
     folder = nnunet(tmp_path)
-    (folder / "cases.csv").write_text("case,patient,modality,expert\na,p,MR,mr_t1\nb,p,,\n", encoding="utf-8")
+    text = "case,patient,modality,expert\na,p,MR,mr_t1\nb,p,,\n".replace(",", sign)
+    (folder / "cases.csv").write_text(text, encoding="utf-8-sig")
     cases = by_name(the_set(folder))
     assert [(c.patient, c.modality, c.expert) for c in cases.values()] == [
         ("p", "MR", "mr_t1"),
@@ -487,6 +489,9 @@ def test_a_wrong_table_of_cases_is_refused(row: str, said: str, tmp_path: Path) 
     folder = nnunet(tmp_path)
     (folder / "cases.csv").write_text(f"case,patient,modality\n{row}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=said):
+        find_datasets(folder)
+    (folder / "cases.csv").write_text("name\na\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has the columns name; expected case"):
         find_datasets(folder)
 
 

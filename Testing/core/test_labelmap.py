@@ -167,7 +167,7 @@ def test_meanings_are_read_from_a_colour_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"1": "livre"}', r"a\.json names what is no structure: 1 \(livre\); see structures"),
+        ("a.json", '{"1": "livre"}', r"a\.json names what is no structure: 1 \(livre\); take English names"),
         ("a.json", "{", r"a\.json is not a table of label values"),
         ("a.json", "[1]", r"a\.json is not a table of label values"),
         ("a.json", '{"liver": "one"}', r"a\.json is not a table of label values"),

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
     ("__init__", "labels", "names", "spec", "jobs", "parallel", "training_run", "install"),
-    ("geometry", "nifti", "metaimage", "files", "dicom", "labelmap", "nodes", "page"),
+    ("geometry", "modality", "nifti", "metaimage", "files", "dicom", "labelmap", "nodes", "page"),
     ("network", "resample", "package", "cleanup", "predictor"),
     ("raster", "preview", "surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
     (

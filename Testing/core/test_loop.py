@@ -25,7 +25,7 @@ from m4oe.jobs import Cancelled
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import load_model
 from m4oe.predictor import Predictor
-from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec, read_spec
 from m4oe.train_report import read_events
 from m4oe.training import loop as module
 from m4oe.training import score, stages
@@ -505,7 +505,10 @@ def test_a_case_that_cannot_be_read_is_told_and_stops_neither_training_nor_scori
     assert left_out in events
     assert set(next(event for event in events if event["event"] == "validated")["cases"]) == {"unseen0", "unseen1"}
     scored: list[Any] = []
-    results = score.score_model(tmp_path / "model.safetensors", sources, scored.append, "cpu")
+    path = tmp_path / "model.safetensors"
+    results = score.score_model(path, sources, scored.append, "cpu", data.validation)
+    assert all(result.chose_weights for result in results)
+    assert read_spec(path).training["scored_on_validation"] == sorted({result.expert for result in results})
     assert scored[0] == left_out and [result.case for result in results] == ["unseen0", "unseen1"]
 
 

@@ -81,7 +81,7 @@ def test_the_tables_hold_the_volumes_of_the_labels(segment: Command, tmp_path: P
     segment(saved(tmp_path / "CT.nii.gz"))
     labels = read_volume(tmp_path / "out" / "CT.seg.nrrd")
     counts = np.bincount(labels.array.ravel(), minlength=4)[1:] * 1.5 * 1.5 * 2 / 1000
-    expected = {key: count for key, count in zip(SPEC.structures, counts, strict=True) if count}
+    expected = dict(zip(SPEC.structures, counts, strict=True))
     table = {row["structure"]: float(row["volume_ml"]) for row in rows(tmp_path / "out")}
     assert table == pytest.approx(expected, abs=0.005)
     report = reports(tmp_path / "out")["CT"]
@@ -152,7 +152,7 @@ def test_paths_may_have_spaces_and_any_letters(segment: Command, tmp_path: Path)
 
 
 def test_only_the_wanted_structures_and_the_named_expert_are_used(segment: Command, tmp_path: Path) -> None:
-    assert segment(saved(tmp_path / "CT.nii.gz"), "--expert", "mr", "--structures", "spleen") == 0
+    assert segment(saved(tmp_path / "CT.nii.gz"), "--expert", "mr", "--structures", "Spleen") == 0
     assert {row["structure"] for row in rows(tmp_path / "out")} == {"spleen"}
     report = reports(tmp_path / "out")["CT"]
     assert report["expert_weights"] == {"ct": 0, "mr": 1}
@@ -207,15 +207,18 @@ def test_what_failed_and_what_was_not_found_are_in_the_tables(
     monkeypatch.setattr(predictor, "remove_islands", lambda labels, *given: {})
     inputs = [truncated(tmp_path / "bad.nrrd"), saved(tmp_path / "dark.mha"), tmp_path / "none.nii.gz"]
     assert segment(*inputs) == 1
-    assert "1 of 3 segmented; results are in" in capsys.readouterr().out
+    assert "1 done, 0 skipped, 2 failed; results are in" in capsys.readouterr().out
     entries = reports(tmp_path / "out")
-    assert entries["dark"]["volumes_ml"] == {} and "error" not in entries["dark"]
+    assert entries["dark"]["volumes_ml"] == dict.fromkeys(SPEC.structures, 0) and "error" not in entries["dark"]
     assert entries["bad"].keys() == entries["none"].keys() == {"input", "error"}
     assert [entries[name]["input"] for name in ("bad", "none")] == [str(inputs[0]), str(inputs[2])]
-    notes = {row["case"]: row["note"] for row in rows(tmp_path / "out")}
-    assert "nothing was found" in notes.pop("dark")
+    dark = [row for row in rows(tmp_path / "out") if row["case"] == "dark"]
+    assert [row["volume_ml"] for row in dark] == ["0.00"] * 3
+    assert "nothing was found" in dark[0]["note"] and dark[1]["note"] == dark[2]["note"] == "not found"
+    others = [row for row in rows(tmp_path / "out") if row["case"] != "dark"]
+    notes = {row["case"]: row["note"] for row in others}
     assert notes == {"bad": entries["bad"]["error"], "none": f"There is no file or folder {inputs[2]}."}
-    assert all(row["structure"] == row["volume_ml"] == "" for row in rows(tmp_path / "out"))
+    assert all(row["structure"] == row["volume_ml"] == "" for row in others)
 
 
 def test_a_failure_leaves_what_an_earlier_run_found_and_a_success_ends_the_failure(
@@ -233,7 +236,8 @@ def test_a_failure_leaves_what_an_earlier_run_found_and_a_success_ends_the_failu
     assert segment(source) == 0
     assert "error" not in reports(tmp_path / "out")["CT"]
     (note, *others), flags = [row["note"] for row in rows(tmp_path / "out")], first["flags"]
-    expected = ["; ".join(flags.get(key, ())) for key in first["volumes_ml"]]
+    found = first["volumes_ml"].items()
+    expected = ["; ".join(flags.get(key, ())) if volume else "not found" for key, volume in found]
     assert note == "; ".join(filter(None, [expected[0], *first["warnings"]])) and others == expected[1:]
 
 
@@ -266,7 +270,7 @@ def test_a_case_is_named_after_a_link_and_not_its_target(segment: Command, tmp_p
 
 def test_where_nothing_was_written_no_results_are_announced(segment: Command, tmp_path: Path, capsys: Captured) -> None:
     assert segment(truncated(tmp_path / "bad.mha")) == 1
-    assert capsys.readouterr().out == "0 of 1 segmented\n"
+    assert capsys.readouterr().out == "0 done, 0 skipped, 1 failed\n"
 
 
 def a_label_map(path: Path) -> Path:
@@ -282,7 +286,7 @@ def test_label_maps_in_a_folder_are_skipped_and_named(segment: Command, tmp_path
     labels = [a_label_map(folder / name) for name in ("CT_label.nii.gz", "atlas.nrrd")]
     assert segment(folder) == 0
     output, errors = capsys.readouterr()
-    assert set(reports(tmp_path / "out")) == {"CT"} and "1 of 2 segmented, 1 skipped; results" in output
+    assert set(reports(tmp_path / "out")) == {"CT"} and "1 done, 2 skipped, 0 failed; results" in output
     assert all(f"skipped {path}: it is a label map; name the file itself" in errors for path in labels)
     assert segment(folder, *labels) == 0
     errors = capsys.readouterr().err
@@ -302,7 +306,7 @@ def test_a_label_map_that_is_named_with_its_image_is_skipped(
 def test_a_folder_of_label_maps_is_nothing_to_segment(segment: Command, tmp_path: Path, capsys: Captured) -> None:
     a_label_map(tmp_path / "in" / "atlas.nrrd")
     assert segment(tmp_path / "in") == 1
-    assert capsys.readouterr().out == "0 of 1 segmented, 1 skipped\n"
+    assert capsys.readouterr().out == "0 done, 1 skipped, 0 failed\n"
 
 
 def test_an_old_table_without_notes_is_taken_over(segment: Command, tmp_path: Path) -> None:
@@ -422,7 +426,7 @@ def test_a_result_never_replaces_an_input(model: Path, tmp_path: Path, capsys: C
     options = ["-o", str(tmp_path / "x" / ".."), "--model", str(model)]
     (tmp_path / "x").mkdir()
     assert main(["segment", str(source), "--format", "nii.gz", *options]) == 1
-    check_error(capsys, source, "another --format")
+    check_error(capsys, source, "another folder or format")
     assert source.read_bytes() == before and names(tmp_path) == [
         "CT.nii.gz",
         "log.txt",
@@ -687,7 +691,7 @@ def test_a_terminal_shows_phase_and_percentage(model: Path, tmp_path: Path) -> N
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0 and "CT" in shown and "100%" in shown and ", segment" in shown
-    assert output.startswith("CT: ") and "1 of 1 segmented" in output
+    assert output.startswith("CT: ") and "1 done, 0 skipped, 0 failed" in output
 
 
 def test_without_a_terminal_there_is_a_line_per_case_and_no_bar(

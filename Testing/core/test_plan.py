@@ -153,7 +153,7 @@ def test_cases_with_errors_are_left_out_and_named() -> None:
     reports = [CaseReport(case.case, findings=wrong if case.case == "c1" else ()) for case in dataset.cases]
     plan, _ = make_plan([dataset], {"s": reports})
     assert plan.left_out == {"s/c1": "broken"} and len(plan.datasets[0].cases) == 39
-    with pytest.raises(ValueError, match="1 have errors, see m4oe data scan; s/c1: broken"):
+    with pytest.raises(ValueError, match="1 have errors, .*; s/c1: broken"):
         make_plan([a_set("s", a_case("c1"))], {"s": [CaseReport("c1", findings=wrong)]})
 
 
@@ -271,3 +271,26 @@ def test_a_plan_tells_its_format(tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", planned(a_set("s")))
     values = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert values["m4oe_plan"] == 1 and len(values["labellings"]) == 1
+
+
+# ---- experts
+
+
+def test_an_expert_that_nothing_trains_or_scores_is_told() -> None:
+    cases = [a_case(f"c{split}", split=split) for split in SPLITS]
+    scan = a_case("mr", split="test", modality="MR", expert=None)
+    text = remarks(a_set("s", *cases, scan))
+    assert text == (
+        "All cases of mr are in validation or test, so no expert learns from them: add patients, or divide them in the "
+        "column split of cases.csv."
+    )
+    text = remarks(a_set("s", *cases, replace(scan, split="train")))
+    assert "No case of mr is in val:" in text and "No case of mr is in test:" in text
+
+
+def test_ct_and_mr_do_not_share_an_expert_and_names_are_plain() -> None:
+    cases = [a_case("a", expert="one"), a_case("b", expert="one", modality="MR")]
+    with pytest.raises(ValueError, match="would train the one expert one; name none"):
+        planned(a_set("s", *cases), val=0.0, test=0.0)
+    with pytest.raises(ValueError, match="cannot be called 'my CT'; take letters"):
+        planned(a_set("s", a_case("a", expert="my CT")), val=0.0, test=0.0)

@@ -193,6 +193,8 @@ def test_hounsfield_units_with_an_offset_give_the_same_labels(predictor: Predict
     labels, report = predictor(a_volume(stored), expert="ct")
     assert np.array_equal(labels.array, segmented(predictor, a_volume(hu), expert="ct"))
     assert any("1024 was subtracted" in text for text in report.warnings)
+    _, plain = predictor(a_volume(hu), expert="ct")
+    assert report.intensities == {key: pytest.approx(pair, abs=0.01) for key, pair in plain.intensities.items()} != {}
 
 
 def test_a_second_call_gives_the_same_result(predictor: Predictor) -> None:
@@ -370,7 +372,7 @@ def test_the_automatic_device_is_one_that_is_there() -> None:
 def test_only_the_wanted_structures_are_kept(predictor: Predictor) -> None:
     everything, _ = predictor(an_mr())
     labels, report = predictor(an_mr(), structures=["spleen", "liver_tumor"])
-    assert set(np.unique(labels.array)) <= {0, 2, 4} and set(report.volumes_ml) <= {"spleen", "liver_tumor"}
+    assert set(np.unique(labels.array)) <= {0, 2, 4} and set(report.volumes_ml) == {"spleen", "liver_tumor"}
     assert np.array_equal(labels.array, np.where(np.isin(everything.array, (2, 4)), everything.array, 0))
 
 
@@ -381,7 +383,7 @@ def test_an_expert_finds_what_it_learned_and_nothing_else(tmp_path: Path) -> Non
     predictor = a_predictor(tmp_path, replace(SPEC, experts=experts))
     labels, report = predictor(an_mr(), expert="mr_t2")
     predictor.spec = SPEC
-    assert set(report.volumes_ml) <= set(knows) and report.volumes_ml
+    assert set(report.volumes_ml) == set(knows) and any(report.volumes_ml.values())
     assert set(np.unique(labels.array)) <= {0, 2, 4}
     assert not np.array_equal(labels.array, segmented(predictor, an_mr(), expert="mr_t2", structures=list(knows)))
 
@@ -505,7 +507,7 @@ def test_uncertainty_is_the_entropy_where_the_network_looked(predictor: Predicto
     best = p_ZHWK.max(-1)
     liver = best.values[best.indices == 1].mean()
     assert report.confidence["liver"] == pytest.approx(float(liver), abs=1e-4)
-    assert set(report.confidence) == set(report.volumes_ml) != set()
+    assert set(report.confidence) == {key for key, volume in report.volumes_ml.items() if volume} != set()
 
 
 def test_asking_for_uncertainty_changes_no_label(predictor: Predictor) -> None:
@@ -525,7 +527,8 @@ def test_a_structure_between_the_slices_that_the_network_saw_has_no_confidence(
 
     monkeypatch.setattr(module, "_scores", scores)
     _, report = predictor(a_volume(smooth(16, 20, 20), spacing=(2.0, 2.0, 1.5), modality="CT"))
-    assert set(report.volumes_ml) == {"liver", "spleen"} and set(report.confidence) == {"liver"}
+    assert {key for key, volume in report.volumes_ml.items() if volume} == {"liver", "spleen"}
+    assert set(report.confidence) == {"liver"}
 
 
 def test_the_mean_probability_of_a_large_structure_is_exact() -> None:
@@ -538,7 +541,8 @@ def test_the_mean_probability_of_a_large_structure_is_exact() -> None:
 
 
 def test_a_structure_to_check_is_flagged() -> None:
-    flags = module._flags({"liver": 9000.0, "spleen": 200.0, "aorta": 90.0}, ["spleen"], {"liver": 0.9, "spleen": 0.3})
+    volumes = {"liver": 9000.0, "spleen": 200.0, "aorta": 90.0, "pancreas": 0.0}
+    flags = module._flags(volumes, ["spleen"], {"liver": 0.9, "spleen": 0.3}, an_mr().grid)
     assert flags == {"liver": ("implausible",), "spleen": ("cut", "low confidence")}
 
 
@@ -550,8 +554,17 @@ def test_a_structure_of_low_confidence_is_told() -> None:
 def test_nothing_found_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     constant(predictor, 0, monkeypatch)
     labels, report = predictor(an_mr())
-    assert not labels.array.any() and report.volumes_ml == {}
-    assert any("nothing was found" in text for text in report.warnings)
+    assert not labels.array.any() and set(report.volumes_ml.values()) == {0.0}
+    assert any("nothing was found" in text for text in report.warnings) and report.flags == {}
+
+
+def test_every_structure_that_was_asked_for_and_is_known_has_a_volume(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant(predictor, 2, monkeypatch)
+    _, report = predictor(an_mr(), structures=["liver", "spleen"])
+    assert report.volumes_ml["liver"] == 0 < report.volumes_ml["spleen"] and len(report.volumes_ml) == 2
+    assert set(report.confidence) == set(report.intensities) == {"spleen"}
 
 
 def test_a_structure_at_the_border_is_told(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,8 +578,9 @@ def test_a_structure_at_the_border_is_told(predictor: Predictor, monkeypatch: py
 def test_a_single_slice_is_not_cut_by_its_own_plane(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     constant(predictor, 2, monkeypatch)
     _, report = predictor(a_volume(np.abs(smooth(1, 24, 24)), modality="MR"), expert="mr_t1")
-    assert "spleen" in report.volumes_ml
-    assert report.warnings[0] == "a single slice: volumes are areas times 2 mm, and were not compared with patients'"
+    assert report.volumes_ml["spleen"]
+    expected = "a single slice: volumes are areas times 2 mm, and no patient's were compared with them"
+    assert report.warnings[0] == expected and "implausible" not in report.flags.get("spleen", ())
 
 
 @pytest.mark.parametrize(("millimetres", "word"), [(1.0, "outside"), (18.0, "outside"), (10.0, "")])

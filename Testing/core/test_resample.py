@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from m4oe import resample
 from m4oe.geometry import Grid, Volume
-from m4oe.resample import CanonicalVolume, LabelPainter, modality_evidence
+from m4oe.modality import modality_evidence
+from m4oe.resample import CanonicalVolume, LabelPainter
 from m4oe.spec import IntensityRule
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.transform import Rotation

@@ -89,6 +89,13 @@ def test_a_table_that_cannot_be_read_is_named(
     assert message in capsys.readouterr().err
 
 
+def test_a_table_may_have_semicolons_and_a_byte_order_mark(segment: Segment, tmp_path: Path) -> None:
+    saved(tmp_path / "CT.mha")
+    (tmp_path / "cases.csv").write_text("input;case\nCT.mha;one, two\n", encoding="utf-8-sig")
+    assert segment(tmp_path / "cases.csv") == 0
+    assert list(reports(tmp_path / "out")) == ["one, two"]
+
+
 def test_a_name_that_a_table_gives_twice_is_refused(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
     rows = [{"input": str(saved(tmp_path / name)), "case": "same"} for name in ("a.mha", "b.mha")]
     assert segment(a_table(tmp_path / "cases.csv", *rows)) == 2
@@ -124,7 +131,7 @@ def test_resume_does_only_what_is_missing(segment: Segment, tmp_path: Path, caps
     told = [(event["event"], event.get("case")) for event in events(capsys) if event["event"] != "progress"]
     assert told == [("skipped", "a"), ("case", "b"), ("done", "b"), ("skipped", "c"), ("end", None)]
     assert segment(*inputs, "--resume") == 0
-    assert capsys.readouterr().out.startswith("0 of 3 segmented, 3 skipped as done before")
+    assert capsys.readouterr().out.startswith("0 done, 3 skipped, 0 failed")
 
 
 @pytest.mark.parametrize("option", [("--expert", "mr"), ("--structures", "liver"), ("--format", "mha"), ("--preview",)])
@@ -135,7 +142,7 @@ def test_resume_does_again_what_was_asked_otherwise(
     segment(source)
     capsys.readouterr()
     assert segment(source, "--resume", *option) == 0
-    assert "1 of 1 segmented;" in capsys.readouterr().out
+    assert "1 done, 0 skipped, 0 failed;" in capsys.readouterr().out
 
 
 def test_resume_tries_again_what_failed(segment: Segment, tmp_path: Path) -> None:
@@ -162,7 +169,7 @@ def test_a_fault_of_ours_in_one_case_stops_no_other_and_is_in_the_log(
     lines = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S* ", line) for line in lines)
     text = "\n".join(lines)
-    assert "Traceback" in text and "1/2 a ..." in text and "1 of 2 segmented" in text
+    assert "Traceback" in text and "1/2 a ..." in text and "1 done, 0 skipped, 1 failed" in text
 
 
 def test_a_full_disk_is_not_blamed_on_the_input(

@@ -101,6 +101,13 @@ def test_a_run_ends_in_a_model_with_scores_and_a_report(base: Path) -> None:
     assert page.count("data:image/png;base64,") == 4 and "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_a_folder_with_data_is_no_place_for_a_run(tmp_path: Path, capsys: Captured) -> None:
+    data = a_data_set(tmp_path / "set", "ct")
+    before = sorted(data.iterdir())
+    assert main(["train", str(data), "-o", str(data)]) == 2
+    assert "choose an empty folder" in capsys.readouterr().err and sorted(data.iterdir()) == before
+
+
 def test_label_maps_of_one_modality_train_experts_for_all(tmp_path: Path, capsys: Captured) -> None:
     data = a_data_set(tmp_path / "set", "ct")
     assert main(["train", str(data), "--synthesise", "-o", str(tmp_path / "run")]) == 0

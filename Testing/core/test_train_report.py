@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,10 @@ def test_what_the_run_was_is_told_and_escaped() -> None:
     facts = train_report._facts(SPEC, [json.loads(step(20, 3.0))])
     assert "<dd>2 &lt;dreams&gt;</dd>" in facts and "dense 40 steps, learning rate 0.001" in facts
     assert "<dd>dense 1.0</dd>" in facts
+
+
+def test_scores_of_the_cases_that_chose_the_weights_are_called_so() -> None:
+    assert train_report._where_from(RESULTS) == "Training did not see these patients."
+    chosen = [replace(result, chose_weights=result.expert == "mr") for result in RESULTS]
+    assert train_report._where_from(chosen).startswith("There was no test patient of mr: scored are the validation")
+    assert train_report._where_from(chosen[2:]).startswith("There was no test patient: scored are the validation")

@@ -87,7 +87,21 @@ def test_a_run_that_does_not_obey_is_killed(tmp_path: Path) -> None:
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     run = start(tmp_path, 1, "fails")
     assert ended(run) == "failed"
-    assert run.last_words().endswith("the disk is full")
+    assert run.last_words() == "begins\nthe disk is full"
+    start_run(run.folder, run.command)
+    ended(run)
+    assert run.last_words() == "begins\nthe disk is full"  # once, although it failed twice
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").touch()
+    (tmp_path / "case.nii.gz").touch()
+    with pytest.raises(ValueError, match=r"such as case.nii.gz; choose an empty folder"):
+        start_run(tmp_path, [sys.executable])
+    (tmp_path / "case.nii.gz").rename(tmp_path / "cache")
+    assert ended(start(tmp_path, 1)) == "finished"
+    (tmp_path / "notes.txt").touch()
+    assert ended(start(tmp_path, 1)) == "finished"
 
 
 def test_a_run_is_found_again_by_its_folder(running: Run) -> None:

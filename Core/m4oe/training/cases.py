@@ -44,7 +44,7 @@ class CaseFiles:
         label: A label map; a folder of masks named by structure; a folder of PNG slices in the order of the image's
             files; None where the case has none.
         modality: "CT" or "MR"; None where it is not known.
-        expert: Which expert it trains, such as "mr_t2", where the data set tells.
+        expert: Which expert it trains, such as "mr_dixon", where the data set tells.
         labels: Structure key, or "background", by label value.
         annotated: Keys of the structures that were looked for, found or not; all others are unknown there.
         split: "train", "val" or "test" where the data set itself says so.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..files import read_header, read_volume
 from ..geometry import Grid, Volume
 from ..labels import catalogue, structure
+from ..modality import modality_evidence
 from ..names import BACKGROUND
 from ..parallel import ignore_interrupts
 from .cases import CaseFiles, Finding, on_grid, read_labels, whole_planes
@@ -30,6 +31,7 @@ class CaseReport:
     Attributes:
         spacing: Of the image along i, j, k in mm; None where it cannot be read.
         size: Of the image along i, j, k in voxels.
+        modality: As its data set says, else as its header or HU prove; None where neither does.
         volumes_ml: Volume by structure, of those that are there.
         findings: What is wrong; with an error it is of no use.
     """
@@ -37,6 +39,7 @@ class CaseReport:
     case: str
     spacing: tuple[float, float, float] | None = None
     size: tuple[int, int, int] | None = None
+    modality: str | None = None
     volumes_ml: Mapping[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
 
@@ -81,9 +84,7 @@ def check_cases(cases: Sequence[CaseFiles], processes: int | None = None) -> Ite
 def check_case(case: CaseFiles) -> CaseReport:
     """Checks one case; whatever is wrong with it becomes a finding."""
     findings: list[tuple[str, str]] = []
-    if case.modality is None:
-        findings.append(("error", "Its modality is not known; give it with --modality, or in cases.csv."))
-    spacing = size = None
+    spacing, size, modality = None, None, case.modality
     volumes: dict[str, float] = {}
     try:
         header = read_header(case.image)
@@ -92,13 +93,17 @@ def check_case(case: CaseFiles) -> CaseReport:
         findings += [("warning", warning) for warning in header.warnings]
         if header.frames > 1:
             findings.append(("note", f"Its image has {header.frames} channels or frames, the first is used."))
-        if header.dtype.kind == "f":
-            findings += _check_values(read_volume(case.image, 0))
+        if header.dtype.kind == "f" or case.modality != "CT":  # only that an image is CT can be seen in its values
+            image = read_volume(case.image, 0)
+            findings += _check_values(image)
+            modality = _check_modality(case, image, findings)
         if case.label is not None:
             volumes = _check_label(case, header.grid, findings)
     except (OSError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
         findings.append(("error", str(error)))
-    return CaseReport(case.case, spacing, size, volumes, tuple(Finding(case.case, *finding) for finding in findings))
+    return CaseReport(
+        case.case, spacing, size, modality, volumes, tuple(Finding(case.case, *finding) for finding in findings)
+    )
 
 
 def find_structures(labels: Volume, keys: Mapping[int, str]) -> Found:
@@ -138,7 +143,23 @@ def histogram(values: Sequence[float], bins: int = 5) -> str:
     return f"{min(values):g} to {max(values):g}, median {np.median(values):g}:  {' | '.join(map(str, counts))}"
 
 
+def _check_modality(case: CaseFiles, image: Volume, findings: list[tuple[str, str]]) -> str | None:
+    """The modality that its data set says or its header or HU prove; adds what is odd about it."""
+    evidence = modality_evidence(image)
+    if case.modality is None and not evidence.certain:
+        cure = "say CT or MR (--modality, or Modality in the panel; or in cases.csv)"
+        findings.append(("error", f"Its modality is not known; {cure}."))
+    elif case.modality is None:
+        findings.append(("note", f"Its header or HU say {evidence.modality}."))
+        return evidence.modality
+    elif evidence.certain and evidence.modality != case.modality:
+        findings.append(("warning", f"It is said to be {case.modality}, but its header or HU say {evidence.modality}."))
+    return case.modality
+
+
 def _check_values(image: Volume) -> list[tuple[str, str]]:
+    if image.array.dtype.kind != "f":
+        return []
     lost = sum(int((~np.isfinite(plane)).sum()) for plane in image.array)
     return [("warning", f"Its image has {lost} voxels that are no number (NaN or infinite).")] if lost else []
 
@@ -153,7 +174,8 @@ def _check_label(case: CaseFiles, grid: Grid, findings: list[tuple[str, str]]) -
     found = find_structures(labels, case.labels)
     if found.unknown:
         values = ", ".join(map(str, found.unknown[:9]))
-        findings.append(("error", f"Its label holds {values}, which its data set gives no meaning."))
+        cure = "name them in the label values, or give - for none of the named structures, as in 3-9=-"
+        findings.append(("error", f"Its label holds {values}, which nothing gives a meaning: {cure}."))
     elif not found.voxels:
         findings.append(("warning", "Its label is empty."))
     volumes = {key: voxels * grid.voxel_ml for key, voxels in found.voxels.items()}

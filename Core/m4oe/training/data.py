@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..geometry import Volume
-from ..resample import CanonicalVolume, modality_evidence
+from ..modality import modality_evidence
+from ..resample import CanonicalVolume
 from ..spec import ModelSpec
 
 _SLAB = 16

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..labels import catalogue
-from ..names import keys_of, read_label_table
+from ..names import keys_of, read_label_table, read_rows
 from .cases import CaseFiles, DataSet, Finding, mask_files
 from .layouts import (
     IMAGE_SUFFIXES,
@@ -28,6 +28,7 @@ from .layouts import (
 )
 
 _SPLITS = {"Tr": None, "Va": "val", "Val": "val", "Ts": "test"}
+_COLUMNS = "any of patient, modality, expert, split"
 _NO_HINTS = Hints()
 
 
@@ -240,8 +241,10 @@ def _complete(dataset: DataSet, unused: list[str]) -> DataSet:
 
 
 def _with_table(cases: tuple[CaseFiles, ...], path: Path) -> tuple[CaseFiles, ...]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = {row.get("case"): row for row in csv.DictReader(file)}
+    reader = read_rows(path)
+    if "case" not in (columns := reader.fieldnames or []):
+        raise ValueError(f"{path} has the columns {', '.join(columns) or 'none'}; expected case and {_COLUMNS}")
+    rows = {row["case"]: row for row in reader}
     names = {case.case for case in cases}
     if unknown := [name for name in rows if name not in names]:
         raise ValueError(f"{path} names cases that are not there, such as {unknown[0]!r}; expected {min(names)!r}")

@@ -14,6 +14,7 @@ from ..names import BACKGROUND, keys_of, named_values, read_label_table
 from .cases import CaseFiles, DataSet, Finding
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+LABEL_VALUES = "label values (--labels, or Label values in the panel)"
 _TABLES = ("labels.csv", "labels.tsv", "labels.json")
 _ROLE = re.compile(
     r"(?i:(images?|imgs?|volumes?|scans?)|labels?|masks?|segmentations?|segs?|ground_?truths?|gts?)(?=$|[A-Z0-9_.-])"
@@ -30,7 +31,7 @@ class Hints:
     Attributes:
         names: Structure names by label value; they replace those of the data set.
         modality: "CT" or "MR".
-        expert: Which expert the cases train, such as "mr_t2".
+        expert: Which expert the cases train, such as "mr_dixon".
     """
 
     names: Mapping[int, str] = field(default_factory=dict)
@@ -166,7 +167,10 @@ def labelling(names: Mapping[int, str], hints: Hints) -> tuple[dict[int, str], l
     known, unknown = keys_of(hints.names or names)
     return known, [
         Finding(
-            "", "warning", f"The label {value} ({name!r}) is no structure that M4oE knows; give its key with --labels."
+            "",
+            "warning",
+            f"The label {value} ({name!r}) is no structure that M4oE knows; give an English name, or - for none, in "
+            f"the {LABEL_VALUES}.",
         )
         for value, name in unknown.items()
     ]
@@ -227,7 +231,7 @@ def _channels(names: list[str]) -> list[Finding]:
 def _meaningless(cases: Iterable[CaseFiles]) -> list[Finding]:
     if not any(case.label and not case.labels for case in cases):
         return []
-    return [Finding("", "error", "What the label values mean is not known; give a table with --labels.")]
+    return [Finding("", "error", f"What its label values mean is not known; give {LABEL_VALUES}.")]
 
 
 # nnU-Net

@@ -177,8 +177,11 @@ def tissue_signal(rng: Generator, modality: str) -> Array:
 
 
 def _spin_echo(rng: Generator, t1: Array, t2: Array, density: Array) -> Array:
-    """Signal of a T2-weighted spin echo."""
-    echo, repetition = rng.uniform(60, 120), rng.uniform(1800, 6000)
+    """Signal of a T2-weighted spin echo.
+
+    Those triggered by breathing repeat within one to three breaths, too soon for fluid to outshine the kidneys much.
+    """
+    echo, repetition = rng.uniform(60, 120), rng.uniform(1200, 5000)
     return density * (1 - np.exp(-repetition / t1)) * np.exp(-echo / t2)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -22,6 +23,7 @@ from .datasets import overlaps
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
+_EXPERT = re.compile(r"[A-Za-z0-9_.-]+")
 _NAMED = 3  # cases with errors that a refusal names
 _SAMPLE = 1 << 18  # bytes compared at the beginning, middle and end of files of one size
 
@@ -91,7 +93,8 @@ def make_plan(
         The plan, and what to know about it.
 
     Raises:
-        ValueError: A name repeats, shares make no sense, data sets share patients, or nothing is left.
+        ValueError: A name repeats, shares make no sense, data sets share patients, nothing is left, or see
+            `check_experts`.
     """
     names = [dataset.name for dataset in datasets]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -110,9 +113,10 @@ def make_plan(
         replace(d, cases=tuple(c for c in d.cases if f"{d.name}/{c.case}" not in left_out), findings=())
         for d in datasets
     )
+    check_experts(case for dataset in usable for case in dataset.cases)
     sharing, findings = _sharing(usable)
     if sharing and not share:
-        raise ValueError(f"{'; '.join(sharing.values())}; leave one out, or train on both with --share")
+        raise ValueError(f"{'; '.join(sharing.values())}; leave one out, or plan with --share: then all of them train")
     splits = {
         **_splits(usable, {name for pair in sharing for name in pair}, seed, val, test),
         **(old.splits if old else {}),
@@ -124,9 +128,33 @@ def make_plan(
     if not plan.cases("train"):
         errors = "".join(f"; {case}: {reason.rstrip('.')}" for case, reason in list(left_out.items())[:_NAMED])
         raise ValueError(
-            f"no labelled case is left for training; {len(left_out)} have errors, see m4oe data scan{errors}"
+            f"no labelled case is left for training; {len(left_out)} have errors, see the check of the data{errors}"
         )
     return plan, [*findings, *_remarks(plan)]
+
+
+def expert_of(case: CaseFiles) -> str:
+    """The expert that a case trains: the one that it names, else that of its modality."""
+    return case.expert or (case.modality or "").lower()
+
+
+def check_experts(cases: Iterable[CaseFiles]) -> None:
+    """Refuses experts that cannot be.
+
+    Raises:
+        ValueError: A name has spaces or odd characters, or cases of CT and of MR would train one expert.
+    """
+    modalities: dict[str, set[str]] = {}
+    for case in cases:
+        if case.modality:
+            modalities.setdefault(expert_of(case), set()).add(case.modality)
+        if case.expert and (not _EXPERT.fullmatch(case.expert) or case.expert.lower() == "auto"):
+            raise ValueError(f"an expert cannot be called {case.expert!r}; take letters, digits and _, as in mr_dixon")
+    if shared := [name for name, found in modalities.items() if len(found) > 1]:
+        raise ValueError(
+            f"cases of CT and of MR would train the one expert {shared[0]}; name none, for one expert per modality, or "
+            "give each kind its own in the column expert of cases.csv"
+        )
 
 
 def draw_split(patient: str, seed: int, val: float, test: float) -> str:
@@ -258,12 +286,24 @@ def _union(datasets: Iterable[DataSet], old: Sequence[str]) -> tuple[str, ...]:
     return (*old, *(key for key in catalogue() if key in found - set(old)))
 
 
-def _remarks(plan: Plan) -> list[Finding]:
-    findings = [
-        Finding("", "warning", f"No case is in {split}; another --seed or a larger share gives some.")
-        for split, share in (("val", plan.val), ("test", plan.test))
-        if share and not plan.cases(split)
+def split_remarks(plan: Plan) -> list[Finding]:
+    """Experts that would not be trained, or not be scored."""
+    experts = {split: {expert_of(case) for case in plan.cases(split)} for split in SPLITS}
+    trained = experts["train"] | {expert_of(case) for case in plan.unlabelled()}
+    cure = "add patients, or divide them in the column split of cases.csv"
+    sentences = [
+        f"All cases of {name} are in validation or test, so no expert learns from them: {cure}."
+        for name in sorted((experts["val"] | experts["test"]) - trained)
     ]
+    for split, share in (("val", plan.val), ("test", plan.test)):
+        if missing := sorted(experts["train"] - experts[split]) if share else []:
+            of = f" of {', '.join(missing)}" if experts[split] else ""
+            sentences.append(f"No case{of} is in {split}: {cure}.")
+    return [Finding("", "warning", sentence) for sentence in sentences]
+
+
+def _remarks(plan: Plan) -> list[Finding]:
+    findings = split_remarks(plan)
     wholes = {
         key: next((whole for whole in ancestry(key) if whole != key and whole in plan.structures), None)
         for key in plan.structures

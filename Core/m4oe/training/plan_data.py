@@ -19,7 +19,7 @@ from .cases import CaseFiles, load_case
 from .config import TrainConfig, addition_stages
 from .loop import TrainingData
 from .phantom import MODALITIES
-from .plan import Plan
+from .plan import Plan, check_experts, expert_of
 
 _INTENSITY = {"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 0.5, 99.5)}
 _NEGATIVES, _NEGATIVE_SHARE = 6, 0.06  # bodies without structures, and how often they are drawn
@@ -108,12 +108,19 @@ def plan_data(
 
 
 def held_back(plan: Plan, spec: ModelSpec) -> Sequence[CaseSource]:
-    """The test patients' cases, or those of validation where the plan has no others."""
-    return _sources(plan, "test", spec) or _sources(plan, "val", spec)
+    """The test patients' cases, and of experts that have none those of validation."""
+    test = _sources(plan, "test", spec)
+    tested = {source.expert for source in test}
+    return [*test, *(source for source in _sources(plan, "val", spec) if source.expert not in tested)]
 
 
 def planned_experts(plan: Plan, synthesise: bool = False) -> dict[str, str]:
-    """Modality by expert, CT first; a case that names no expert trains its modality's."""
+    """Modality by expert, CT first; a case that names no expert trains its modality's.
+
+    Raises:
+        ValueError: A case has no modality, or see `check_experts`.
+    """
+    check_experts(case for dataset in plan.datasets for case in dataset.cases)
     named = {_expert(case): case.modality or "" for case in [*plan.cases("train"), *plan.unlabelled()]}
     if synthesise:
         named |= {contrast: "CT" if contrast == "ct" else "MR" for contrast in MODALITIES}
@@ -122,8 +129,8 @@ def planned_experts(plan: Plan, synthesise: bool = False) -> dict[str, str]:
 
 def _expert(case: CaseFiles) -> str:
     if case.modality not in _INTENSITY:
-        raise ValueError(f"the case {case.case} has no modality; plan again with --modality CT or MR for its data set")
-    return case.expert or case.modality.lower()
+        raise ValueError(f"the case {case.case} has no modality; say CT or MR for its data set and plan again")
+    return expert_of(case)
 
 
 def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:

@@ -6,7 +6,7 @@ Images come with the modality of their plan; volumes of other formats than DICOM
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -27,12 +27,15 @@ class CaseResult:
         expert: The name of its modality's expert.
         gate: What the gate said by itself: a probability of each expert; empty where there is no image gate.
         scores: By structure.
+        chose_weights: Whether it is a validation case: training did not learn from it, but kept the weights that were
+            best on it.
     """
 
     case: str
     expert: str
     gate: Mapping[str, float]
     scores: tuple[Score, ...]
+    chose_weights: bool = False
 
     @property
     def dice(self) -> dict[str, float]:
@@ -41,14 +44,20 @@ class CaseResult:
 
 
 def score_model(
-    model: Path, sources: Sequence[CaseSource], emit: Callable[[dict[str, Any]], None], device: str = "auto"
+    model: Path,
+    sources: Sequence[CaseSource],
+    emit: Callable[[dict[str, Any]], None],
+    device: str = "auto",
+    validation: Sequence[CaseSource] = (),
 ) -> list[CaseResult]:
     """Scores a model on cases and writes its mean Dice per expert and structure, and their number, into its file.
 
-    Scores of experts that have no case here stay. A case that cannot be read is told as an event and left out.
+    Scores of experts that have no case here stay; the experts whose scores are of `validation` are told in the model's
+    training as "scored_on_validation". A case that cannot be read is told as an event and left out.
     """
     results = []
-    for result in _results(Predictor(model, device), sources, emit):
+    chose = {source.name for source in validation}
+    for result in _results(Predictor(model, device), sources, emit, chose):
         results.append(result)
         dice = {key: round(value, 4) for key, value in result.dice.items()}
         emit({"event": "scored", "case": result.case, "expert": result.expert, "gate": result.gate, "dice": dice})
@@ -56,7 +65,11 @@ def score_model(
     emit({"event": "scores", "dice": means})
     network, spec = load_model(model)
     counts = {**spec.training.get("scored_cases", {}), **Counter(result.expert for result in results)}
+    scored = {result.expert for result in results}
+    earlier = set(spec.training.get("scored_on_validation", ())) - scored
+    chosen = sorted(earlier | {result.expert for result in results if result.chose_weights})
     training = {**spec.training, "scored_cases": counts}
+    training |= {"scored_on_validation": chosen} if chosen or earlier else {}
     save_model(model, network, replace(spec, scores={**spec.scores, **means}, training=training))
     return results
 
@@ -72,7 +85,10 @@ def mean_dice(results: Iterable[CaseResult]) -> dict[str, dict[str, float]]:
 
 
 def _results(
-    predictor: Predictor, sources: Sequence[CaseSource], emit: Callable[[dict[str, Any]], None]
+    predictor: Predictor,
+    sources: Sequence[CaseSource],
+    emit: Callable[[dict[str, Any]], None],
+    chose: Set[str] = frozenset(),
 ) -> Iterator[CaseResult]:
     keys, experts = predictor.spec.label_keys, predictor.spec.expert_names
     for source in sources:
@@ -85,4 +101,4 @@ def _results(
         labels, report = predictor(image)
         counted = as_annotated(keys, source.annotated)
         scores = evaluate_case(labels, truth, keys, counted, source.annotated, case=source.name)
-        yield CaseResult(source.name, experts[source.expert], report.gate, tuple(scores))
+        yield CaseResult(source.name, experts[source.expert], report.gate, tuple(scores), source.name in chose)
