@@ -12,7 +12,6 @@ import slicer
 import slicer.util
 from slicer.i18n import tr as _
 
-_AIR = -500  # a volume that goes below is a CT
 _COLUMNS = ("case", "modality", "expert")
 # What a reader of pairs of files would take for the end of a name: CT_seg would be the label map of CT.
 _ROLE = re.compile(r"(?i)[_-](?=(?:labels?|labelmap|seg|segmentation|mask|gt|image|img|volume|scan|0000)(?![^\W_]))")
@@ -132,10 +131,11 @@ def _modality(volumeNode: Any, otherwise: str) -> str:
     Raises:
         ValueError: There is neither.
     """
+    from m4oe.modality import modality_evidence
     from m4oe.nodes import volume_from_node
 
-    volume = volume_from_node(volumeNode)
-    found = volume.modality or ("CT" if volume.array.min() < _AIR else otherwise)
+    evidence = modality_evidence(volume_from_node(volumeNode))
+    found = evidence.modality if evidence.certain else otherwise
     if not found:
         text = _("Whether '{name}' is CT or MR is not known. Choose it; it is used only where nothing is known.")
         raise ValueError(text.format(name=volumeNode.GetName()))
@@ -194,13 +194,14 @@ def _rows(folder: Path) -> dict[str, dict[str, str]]:
     Raises:
         ValueError: The table has no column of cases.
     """
+    from m4oe.names import read_rows
+
     path = folder / "cases.csv"
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(read_rows(path))
     if rows and "case" not in rows[0]:
-        raise ValueError(_("{path} has no column case, separated by commas. Choose another folder.").format(path=path))
+        raise ValueError(_("{path} has no column case. Choose another folder.").format(path=path))
     return {row["case"]: {key: value or "" for key, value in row.items() if key} for row in rows}
 
 

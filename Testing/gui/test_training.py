@@ -33,7 +33,7 @@ def a_case(seed: int, modality: str = "CT") -> tuple[Volume, Volume]:
     if modality == "MR":
         image += 300
     else:
-        image[0, 0, :2] = -1000
+        image[0, 0] = -1000
     return Volume(image.astype(np.int16), Grid(SHAPE, AFFINE)), Volume(labels, Grid(SHAPE, AFFINE))
 
 

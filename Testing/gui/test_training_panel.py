@@ -254,7 +254,7 @@ def test_a_structure_that_was_drawn_twice_is_refused(panel: Any, tmp_path: Path,
 def test_what_the_user_wrote_into_the_table_of_cases_stays(panel: Any, tmp_path: Path) -> None:
     from M4oETrainingLib import Scene
 
-    (tmp_path / "cases.csv").write_text("case,modality,expert,split\nCT,MR,mr,test\nold,MR,mr,val\n", encoding="utf-8")
+    (tmp_path / "cases.csv").write_text("case;modality;expert;split\nCT;MR;mr;test\nold;MR;mr;val\n", encoding="utf-8")
     segment(a_volume("CT"))
     segment(a_volume("new"))
     segment(a_volume("empty"), "Milz")
@@ -499,7 +499,7 @@ def test_the_stages_are_those_of_the_training(panel: Any, experts: tuple[str, ..
     train_command.add_train_command(parser.add_subparsers())
     options = parser.parse_args(["train", "data", "-o", "run", "--quick", "--length", "0.3", *more])
     cases = [SimpleNamespace(case=name, expert=name, modality=name[:2].upper()) for name in experts]
-    plan = SimpleNamespace(cases=lambda split: cases, unlabelled=list)
+    plan = SimpleNamespace(datasets=[SimpleNamespace(cases=cases)], cases=lambda split: cases, unlabelled=list)
     wanted = train_command._with_options(config.QUICK, options)
     if options.add_modality:
         stages = config.addition_stages(wanted.stages)
