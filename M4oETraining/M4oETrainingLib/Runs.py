@@ -97,8 +97,9 @@ def makeWay(folder: str) -> None:
             raise ValueError(text.format(folder=folder))
     check_folder(Path(folder))  # a data set may have files of these names
     if not hasBegun(folder):
-        for name in _PREPARED:
-            Path(folder, name).unlink(missing_ok=True)
+        for path in [Path(folder, name) for name in _PREPARED]:
+            if path.exists():
+                path.unlink()
 
 
 def command(parameters: Any, device: str, *more: str) -> list[str]:
