@@ -57,17 +57,20 @@ class M4oETrainingWidget(Panel):
         from M4oESegmentationLib import Worker
         from M4oETrainingLib.Curves import Layout
         from M4oETrainingLib.Data import DataSection
+        from M4oETrainingLib.Estimate import EstimateSection
+        from M4oETrainingLib.Evaluation import EvaluationSection
 
-        ui, self.logic = self.ui, M4oETrainingLogic()
-        self._view = self._estimate = self._evaluation = self._scored = None
-        self._data, self._plotLayout = DataSection(ui, lambda: self.parameters), Layout()
+        ui, self.logic, self._view, self._plotLayout = self.ui, M4oETrainingLogic(), None, Layout()
+        self._data = DataSection(ui, lambda: self.parameters)
+        self._estimate = EstimateSection(ui, lambda: self._command("--estimate"))
+        self._evaluation = EvaluationSection(ui, lambda: self.parameters.labels.strip(), self._plotLayout)
         for name in ("auto", "cuda", "mps", "cpu"):
             ui.deviceSelector.addItem(_("Automatic") if name == "auto" else name, name)
         ui.deviceSelector.currentIndex = max(0, ui.deviceSelector.findData(Worker.setting("trainingDevice", "auto")))
         ui.plotSelector.addItem(_("Loss"), "loss")
         ui.plotSelector.addItem(_("Dice per structure"), "dice")
         ui.baseModelSelector.connect("activated(int)", self.onBaseModel)
-        ui.estimateButton.connect("clicked()", self.onEstimate)
+        ui.runFolderEdit.connect("currentPathChanged(QString)", self.onRunFolder)
         ui.startButton.connect("clicked()", self.onStart)
         ui.pauseButton.connect("clicked()", self.onPause)
         ui.resumeButton.connect("clicked()", self.onResume)
@@ -79,16 +82,12 @@ class M4oETrainingWidget(Panel):
         ui.deviceSelector.connect("activated(int)", self.onDevice)
         ui.reportButton.connect("clicked()", self.onReport)
         ui.useModelButton.connect("clicked()", self.onUseModel)
-        ui.evaluateButton.connect("clicked()", self.onEvaluate)
-        ui.evaluationStopButton.connect("clicked()", self.onEvaluationStop)
-        ui.evaluationPlotButton.connect("clicked()", self.onEvaluationPlot)
         self._timer.start()
 
     def stop(self) -> None:
         """Ends all but the trainings: they go on."""
         for running in (self._data, self._estimate, self._evaluation):
-            if running is not None:
-                running.stop()
+            running.stop()
         if self._view is not None:
             self._view.close()
         self._plotLayout.restore()
@@ -116,17 +115,25 @@ class M4oETrainingWidget(Panel):
         from M4oETrainingLib import Runs
 
         ui, chosen = self.ui, self.parameters
-        text = Runs.stages(chosen)
+        text = Runs.stages(chosen, len(self._data.experts))
         ui.stagesLabel.text = _("Stages and steps: {stages}").format(stages=text)
         ui.pythonLabel.text = _("Runs in: {place} (M4oE Segmentation, Advanced)").format(
             place=Worker.labels()[Worker.place()]
         )
+        if ui.runFolderEdit.currentPath != chosen.runFolder:  # not bound as the others: an empty Path would read "."
+            ui.runFolderEdit.currentPath = chosen.runFolder
+        if ui.baseModelSelector.currentData != chosen.baseModel:
+            self._showModels()
         ui.modalitySelector.currentIndex = max(0, ui.modalitySelector.findData(chosen.modality))
         for widget in (ui.pretrainSpinBox, ui.synthesiseCheckBox):
             widget.enabled = not chosen.baseModel
 
     def onBaseModel(self, index: int) -> None:
         self.parameters.baseModel = self.ui.baseModelSelector.currentData
+
+    def onRunFolder(self, path: str) -> None:
+        if self.parameters is not None:
+            self.parameters.runFolder = path
 
     def onDevice(self, index: int = 0) -> None:
         from M4oESegmentationLib import Worker
@@ -149,22 +156,13 @@ class M4oETrainingWidget(Panel):
 
     # ---- the run
 
-    def onEstimate(self) -> None:
-        """Begins an estimate, or ends the one under way."""
-        from M4oESegmentationLib import Worker
-        from M4oESegmentationLib.Process import Process
-
-        if self._estimate is not None:
-            self._estimate.stop()
-            self._estimate, self.ui.statusLabel.text = None, ""
-            return
-        with errorsShown(_("There is no estimate.")):
-            self._estimate = Process(self._command("--estimate"), Worker.environment())
-            self.ui.statusLabel.text = _("Prepares the cases and measures a few steps ...")
-
     def onStart(self) -> None:
         with errorsShown(_("The training cannot be started.")):
-            self._start(str(self.parameters.runFolder), self._command())
+            command = self._command()
+            if self._isShown():
+                self._closeView()  # its events begin anew
+            self._start(str(Path(self.parameters.runFolder)), command)
+        self._showRuns()
 
     def onResume(self) -> None:
         with errorsShown(_("The training cannot be resumed.")):
@@ -179,9 +177,12 @@ class M4oETrainingWidget(Panel):
             self._view.run.stop()
 
     def _command(self, *more: str) -> list[str]:
+        """That of a training or an estimate with the panel's choices, whose folder is made ready for it."""
         from M4oETrainingLib import Runs
 
-        return Runs.command(self.parameters, self.ui.deviceSelector.currentData, *more)
+        command = Runs.command(self.parameters, self.ui.deviceSelector.currentData, *more)
+        Runs.makeWay(self.parameters.runFolder)
+        return command
 
     def _start(self, folder: str, command: list[str]) -> None:
         from m4oe.training_run import start_run
@@ -210,14 +211,21 @@ class M4oETrainingWidget(Panel):
         folder = self.ui.runSelector.currentData
         if self._view is not None and folder == str(self._view.run.folder):
             return
-        if self._view is not None:
-            self._view.close()
-        self._view = None
-        self.ui.plotButton.checked = False
+        self._closeView()
         with errorsShown(_("The run cannot be shown.")):
             self._view = RunView(folder, self.ui) if folder else None
         self._showModels()
         self.onTimer()
+
+    def _isShown(self) -> bool:
+        """Whether the run that is shown is that of the chosen folder."""
+        return self._view is not None and self._view.run.folder == Path(self.parameters.runFolder)
+
+    def _closeView(self) -> None:
+        if self._view is not None:
+            self._view.close()
+        self._view = None
+        self.ui.plotButton.checked = False
 
     def onForget(self) -> None:
         from M4oETrainingLib import Runs
@@ -244,36 +252,16 @@ class M4oETrainingWidget(Panel):
             self._showModels()
             self.ui.statusLabel.text = _("M4oE Segmentation offers the model: {path}").format(path=path)
 
-    # ---- evaluation
-
-    def onEvaluate(self) -> None:
-        from M4oETrainingLib.Evaluation import Evaluation
-
-        with errorsShown(_("The evaluation cannot be started.")):
-            self._evaluation = self._scored = Evaluation(self.ui, self.parameters.labels.strip())
-
-    def onEvaluationPlot(self) -> None:
-        self._plotLayout.remember()
-        self._scored.plot()
-
-    def onEvaluationStop(self) -> None:
-        self._evaluation.stop()
-
     # ---- what is new
 
     def onTimer(self) -> None:
         """Asks the processes, twice a second."""
-        from M4oETrainingLib import Runs
-
         if self.parameters is None:
             return
-        self._data.poll()
-        if self._estimate is not None and self._estimate.done():
-            process, self._estimate = self._estimate, None
-            with errorsShown(_("There is no estimate.")):
-                self.ui.statusLabel.text = Runs.estimate(process)
-        if self._evaluation is not None and self._evaluation.poll():
-            self._evaluation = None
+        if self._data.poll():
+            self.showState()
+        self._estimate.poll()
+        self._evaluation.poll()
         if self._view is not None and self._view.poll():
             self._showModels()
         self._showButtons()
@@ -283,13 +271,14 @@ class M4oETrainingWidget(Panel):
         ui.pauseButton.enabled = state == "running"
         ui.stopButton.enabled = state in ("running", "pausing")
         ui.resumeButton.enabled = state in ("paused", "stopped", "failed")
-        ui.startButton.enabled = self._estimate is None
-        ui.estimateButton.text = _("Estimate") if self._estimate is None else _("Cancel")
+        underWay = self._isShown() and state in ("running", "pausing", "stopping")
+        ui.startButton.enabled = not self._estimate.busy and not underWay
+        why = _("The training in this folder is under way") if underWay else ""
+        why = why or (_("An estimate is under way") if self._estimate.busy else "")
+        ui.startButton.toolTip = why or _("Start the training; it goes on when Slicer is closed")
+        ui.estimateButton.enabled = not underWay
         ui.useModelButton.enabled = ui.reportButton.enabled = state == "finished"
         ui.forgetButton.enabled = ui.plotButton.enabled = self._view is not None
-        ui.evaluateButton.enabled = self._evaluation is None
-        ui.evaluationPlotButton.enabled = self._scored is not None and bool(self._scored.scores)
-        ui.evaluationStopButton.enabled = self._evaluation is not None
 
 
 def _fill(box: Any, entries: Sequence[tuple[str, str]], chosen: str | None) -> None:

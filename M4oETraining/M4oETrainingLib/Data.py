@@ -36,9 +36,11 @@ class DataSection:
         self._folder = ""  # that is being scanned
         self._result = Path()
         self._found: dict[str, _Scan] = {}
+        self._said: list[str] = []  # of data of the user's own, when the folders were scanned
+        self._notes: dict[str, str] = {}  # by folder, what was told when the scene was written into it
         table = ui.dataTable
         table.setColumnCount(4)
-        table.setHorizontalHeaderLabels([_("Data set"), _("Cases"), _("Structures"), _("Warnings")])
+        table.setHorizontalHeaderLabels([_("Data set"), _("Cases"), _("Structures"), _("Findings")])
         for column, width in enumerate((110, 50)):
             table.setColumnWidth(column, width)
         table.horizontalHeader().setSectionResizeMode(2, qt.QHeaderView.Stretch)
@@ -46,34 +48,51 @@ class DataSection:
         for text, value in ((_("As the files say"), ""), ("CT", "CT"), ("MR", "MR")):
             ui.modalitySelector.addItem(text, value)
         ui.modalitySelector.connect("activated(int)", self._keepModality)
+        ui.labelsEdit.connect("editingFinished()", self.show)
+        ui.expertEdit.connect("editingFinished()", self.show)
+        table.connect("itemSelectionChanged()", self._showSelection)
         ui.addFolderButton.connect("clicked()", self._addFolder)
         ui.addSceneButton.connect("clicked()", self._addScene)
         ui.checkAgainButton.connect("clicked()", self._checkAgain)
         ui.removeDataButton.connect("clicked()", self._remove)
+        self._showSelection()
 
     @property
     def busy(self) -> bool:
         return bool(self._process or self._waiting)
 
+    @property
+    def experts(self) -> set[str]:
+        """Those that the cases train; empty where that is not known of all folders yet."""
+        scans = [self._found.get(folder) for folder in self._parameters().folders]
+        known = all(scan is not None and scan.experts for scan in scans)
+        return {expert for scan in scans for expert in scan.experts} if known else set()
+
     def show(self) -> None:
-        """Lists the folders, and has those scanned that are new."""
-        folders = list(self._parameters().folders)
-        if self._folder not in folders:
+        """Lists the folders, and has those scanned that are new; all, where what the user says of them has changed."""
+        parameters = self._parameters()
+        if parameters is None:  # the scene is being closed
+            return
+        folders, said = list(parameters.folders), options(parameters)
+        if self._folder not in folders or said != self._said:
             self.stop()
+        self._found = self._found if said == self._said else {}
+        self._said = said
         self._found = {folder: scan for folder, scan in self._found.items() if folder in folders}
         self._waiting = [folder for folder in folders if folder not in self._found and folder != self._folder]
         self._fillTable(folders)
         self._showFindings()
 
-    def poll(self) -> None:
-        """Goes on with the scans."""
+    def poll(self) -> bool:
+        """Goes on with the scans; whether there is something new."""
         if self._process is None and self._waiting:
             self._start(self._waiting.pop(0))
         elif self._process is not None and self._process.done():
             self._take()
         else:
-            return
+            return False
         self._fillTable(self._parameters().folders)
+        return True
 
     def stop(self) -> None:
         """Ends the scan that is under way."""
@@ -86,13 +105,14 @@ class DataSection:
 
     def _keepModality(self, index: int) -> None:
         self._parameters().modality = self._ui.modalitySelector.currentData
+        self.show()
 
     def _addFolder(self) -> None:
         folder = self._ui.dataFolderEdit.currentPath
         with errorsShown(_("The folder cannot be added.")):
             if not folder or not Path(folder).exists():
                 raise ValueError(_("Choose a folder with a data set; '{folder}' is none.").format(folder=folder))
-            self._add(folder)
+            self._add(_whole(folder))
 
     def _addScene(self) -> None:
         from . import Scene
@@ -101,14 +121,15 @@ class DataSection:
         with errorsShown(_("The scene cannot be added.")), slicer.util.WaitCursor():
             if not folder:
                 raise ValueError(_("Choose the folder that the pairs of files are written to."))
+            folder = _whole(folder)
             count, unknown, replaced = Scene.export(folder, parameters.modality, parameters.expert.strip())
-            self._add(folder)
-            text = _("{count} cases were written.").format(count=count)
+            text = _("Cases written: {count}.").format(count=count)
             if replaced:
                 text += " " + _("They replace earlier ones: {names}").format(names=", ".join(replaced))
             if unknown:
                 text += " " + _("Left out, as no structure has such a name: {names}").format(names=", ".join(unknown))
-            self._ui.findingsLabel.text = text
+            self._notes[folder] = text
+            self._add(folder)
 
     def _add(self, folder: str) -> None:
         """Lists a folder; one that is listed already is scanned again."""
@@ -126,8 +147,9 @@ class DataSection:
         self.show()
 
     def _remove(self) -> None:
-        row, parameters = self._ui.dataTable.currentRow(), self._parameters()
-        parameters.folders = [folder for number, folder in enumerate(parameters.folders) if number != row]
+        rows, parameters = {item.row() for item in self._ui.dataTable.selectedItems()}, self._parameters()
+        parameters.folders = [folder for number, folder in enumerate(parameters.folders) if number not in rows]
+        self._ui.dataTable.clearSelection()
         self.show()
 
     # ---- the scans
@@ -149,7 +171,8 @@ class DataSection:
         self._end(scan)
 
     def _fail(self, why: str) -> None:
-        self._end(_Scan(("0", "", _("cannot be used")), tuple(f"{self._folder}: {line}" for line in why.splitlines())))
+        lines = tuple(f"{self._folder}: {line.removeprefix('m4oe: error: ')}" for line in why.splitlines())
+        self._end(_Scan(("0", "", _("cannot be used")), tuple(_("Error: {what}").format(what=line) for line in lines)))
 
     def _end(self, scan: _Scan) -> None:
         self._found[self._folder] = scan
@@ -171,14 +194,31 @@ class DataSection:
                 table.setItem(row, column, item)
 
     def _showFindings(self) -> None:
-        self._ui.findingsLabel.text = "\n".join(line for scan in self._found.values() for line in scan.findings)
+        notes = [note for folder, note in self._notes.items() if folder in self._parameters().folders]
+        lines = [line for scan in self._found.values() for line in scan.findings]
+        self._ui.findingsLabel.text = "\n".join([*notes, *lines])
+
+    def _showSelection(self) -> None:
+        self._ui.removeDataButton.enabled = bool(self._ui.dataTable.selectedItems())
+
+
+def _whole(folder: str) -> str:
+    """The path from the root, so that one folder has one name."""
+    return str(Path(folder).expanduser().resolve())
 
 
 class _Scan(NamedTuple):
-    """What is shown of a folder: cases, structures and warnings for the table; and the findings, line by line."""
+    """What is known of a folder.
+
+    Attributes:
+        texts: Cases, structures and numbers of findings, for the table.
+        findings: Line by line.
+        experts: Those that its cases train; none where that of a case is not known.
+    """
 
     texts: tuple[str, str, str]
     findings: tuple[str, ...]
+    experts: frozenset[str] = frozenset()
 
 
 def _scanned(folder: str, datasets: list[dict[str, Any]]) -> _Scan:
@@ -190,5 +230,11 @@ def _scanned(folder: str, datasets: list[dict[str, Any]]) -> _Scan:
     names = {"error": _("errors"), "warning": _("warnings"), "note": _("notes")}
     structures = ", ".join(f"{structure(key).name} ({count})" for key, count in counts.items())
     told = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
-    lines = tuple(f"{finding['case'] or folder}: {finding['sentence']}" for finding in findings)
-    return _Scan((str(len(cases)), structures or _("none"), told or _("none")), lines)
+    kind = {"error": _("Error: {what}"), "warning": _("Warning: {what}"), "note": _("Note: {what}")}
+    lines = tuple(
+        kind[finding["severity"]].format(what=f"{finding['case'] or folder}: {finding['sentence']}")
+        for finding in sorted(findings, key=lambda finding: list(kind).index(finding["severity"]))
+    )
+    experts = frozenset(case.get("expert") or (case.get("modality") or "").lower() for case in cases)
+    texts = (str(len(cases)), structures or _("none"), told or _("none"))
+    return _Scan(texts, lines, frozenset() if "" in experts else experts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from pathlib import Path
 
 from slicer.i18n import tr as _
 from slicer.parameterNodeWrapper import parameterNodeWrapper
@@ -32,7 +31,7 @@ class Parameters:
     labels: str = ""
     modality: str = ""
     expert: str = ""
-    runFolder: Path
+    runFolder: str = ""
     preset: Preset = Preset.SMALL
     length: float = 1.0
     pretrain: int = 0

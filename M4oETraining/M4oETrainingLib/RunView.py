@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import qt
 from m4oe.labels import structure
@@ -15,6 +15,14 @@ from .Curves import Curves
 
 _PICTURE_WIDTH = 380  # pixels, so that the panel needs not be wider for it
 _MOST_LINES = 6
+
+
+class _Best(NamedTuple):
+    """The validation with the best mean of its stage; its weights go on to the next stage, or are the model."""
+
+    stage: int
+    score: float
+    dice: dict[str, float]
 
 
 class RunView:
@@ -33,19 +41,19 @@ class RunView:
         self._words = ""
         self._left: dict[str, str] = {}
         self._picture = Path()
+        self._best = _Best(-1, 0.0, {})
         self.state = ""
         name = Path(folder).name
         self.curves = {
             "loss": Curves(_("Loss of {name}").format(name=name), _("Loss")),
             "dice": Curves(_("Dice of {name}").format(name=name), _("Dice"), marked=True),
         }
-        ui.diceTable.setRowCount(0)
+        clear(ui)
+        ui.shownRunLabel.text = _("Training {name}, chosen under Runs:").format(name=name)
         ui.diceTable.setColumnCount(3)
-        ui.diceTable.setHorizontalHeaderLabels([_("Structure"), _("Dice"), _("Best")])
+        ui.diceTable.setHorizontalHeaderLabels([_("Structure"), _("Dice"), _("Best of the stage")])
         ui.diceTable.horizontalHeader().setStretchLastSection(True)
         ui.diceTable.verticalHeader().setVisible(False)
-        ui.previewLabel.clear()
-        self._best: dict[str, float] = {}
 
     @property
     def model(self) -> Path:
@@ -74,19 +82,25 @@ class RunView:
         return self.state == "finished" != before
 
     def close(self) -> None:
-        """Takes its curves out of the scene."""
+        """Takes its curves out of the scene, and what is said of it out of the panel."""
         for curves in self.curves.values():
             curves.remove()
+        clear(self._ui)
 
     def _take(self, event: dict[str, Any]) -> None:
         self._progress.take(event)
         match event["event"]:
             case "step":
                 self.curves["loss"].take(event["overall"], event["loss"])
-                self._words = ""
+                ended = event["overall"] == event["overall_steps"]
+                self._words = _("scores the model") if ended else ""
+            case "early stop":
+                self._words = _("stage {stage} has nothing more to gain").format(stage=event["stage"])
             case "validated":
                 dice = {structure(key).name: value for key, value in event["dice"].items()}
                 self.curves["dice"].take(event["overall"], dice)
+                if event["number"] != self._best.stage or event["score"] > self._best.score:
+                    self._best = _Best(event["number"], event["score"], dice)
                 self._showDice(dice)
             case "training":  # a process starts, and looks at all cases anew
                 self._left = {}
@@ -95,7 +109,7 @@ class RunView:
             case "prepared":
                 self._words = _("prepares the cases: {made} of {of}").format(made=event["made"], of=event["of"])
             case "scored":
-                self._words = _("Scores the model: {case}").format(case=event["case"])
+                self._words = _("scores the model: {case}").format(case=event["case"])
             case "finished" | "scores" | "synthesis":
                 self._words = ""
 
@@ -103,8 +117,7 @@ class RunView:
         table = self._ui.diceTable
         table.setRowCount(len(dice))
         for row, (name, value) in enumerate(dice.items()):
-            self._best[name] = max(value, self._best.get(name, 0.0))
-            for column, text in enumerate((name, f"{value:.3f}", f"{self._best[name]:.3f}")):
+            for column, text in enumerate((name, f"{value:.3f}", f"{self._best.dice.get(name, 0.0):.3f}")):
                 table.setItem(row, column, qt.QTableWidgetItem(text))
         table.resizeColumnToContents(0)
 
@@ -115,10 +128,17 @@ class RunView:
         if self.state == "running":
             parts.append(self._words or (progress.stage and _("stage {stage}").format(stage=progress.stage)))
             if progress.seconds_left and not self._words:
-                parts.append(_("about {time} left").format(time=Runs.duration(progress.seconds_left)))
+                parts.append(_("{time} left").format(time=Runs.duration(progress.seconds_left)))
             if not progress.stage and not self._words:
                 parts.append(_("prepares the cases"))
         lines = ["; ".join(part for part in parts if part)]
+        if self.state == "finished" and self._best.dice and not any(self._best.dice.values()):
+            lines.append(
+                _(
+                    "The model finds nothing in the validation cases, so it is of no use yet. It may need more steps "
+                    "or more cases, or the label values mean something else."
+                )
+            )
         lines += [_("Left out: {case}: {reason}").format(case=case, reason=why) for case, why in self._left.items()]
         ui.statusLabel.text = "\n".join(lines[:_MOST_LINES] + ["..."] * (len(lines) > _MOST_LINES))
 
@@ -130,3 +150,16 @@ class RunView:
             self._picture = pictures[-1]
             pixmap = qt.QPixmap(str(self._picture))
             self._ui.previewLabel.setPixmap(pixmap.scaledToWidth(_PICTURE_WIDTH, qt.Qt.SmoothTransformation))
+            self._ui.previewCaptionLabel.text = (
+                _("Label maps drawn in made-up contrasts, which are mixed with your images:")
+                if self._picture.name == "synthesis.png"
+                else _("Validation cases: slice, truth, prediction")
+            )
+
+
+def clear(ui: Any) -> None:
+    """Shows no run."""
+    ui.progressBar.value = 0
+    ui.statusLabel.text = ui.shownRunLabel.text = ui.previewCaptionLabel.text = ""
+    ui.diceTable.setRowCount(0)
+    ui.previewLabel.clear()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
-from m4oe.training_run import Run
+from m4oe.training_run import ACTIVE, EVENTS, Run, check_folder
 from M4oESegmentationLib import Worker
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
 
 from . import Data
+
+_CHECKPOINT = "checkpoint.safetensors"
+_PREPARED = ("plan.json", "config.json", "data.sha256", EVENTS)  # by an attempt or an estimate, of its choices
 
 
 def known() -> list[str]:
@@ -53,15 +57,49 @@ def stateLabel(run: Run, state: str) -> str:
     """The state for people."""
     if state == "failed":
         words = run.last_words().removeprefix("m4oe: error: ") or _("it was ended from outside")
-        return _("Failed: {words}").format(words=words)
+        text = _("Failed: {words}").format(words=words)
+        if hasBegun(run.folder):
+            return text
+        return f"{text}\n" + _(
+            "If choices in this panel were wrong, mend them and press Start, with the same folder; "
+            "Resume repeats the training with its old choices."
+        )
     return {
         "running": _("Running"),
         "pausing": _("Pausing: writes a checkpoint"),
-        "paused": _("Paused"),
+        "paused": _("Paused; Resume goes on"),
         "stopping": _("Stopping: writes a checkpoint"),
-        "stopped": _("Stopped"),
+        "stopped": _("Stopped; Resume goes on"),
         "finished": _("Finished"),
     }[state]
+
+
+def hasBegun(folder: str | Path) -> bool:
+    """Whether a training has learned something in the folder."""
+    return Path(folder, _CHECKPOINT).exists()
+
+
+def makeWay(folder: str) -> None:
+    """Takes away what was prepared in a folder with choices that may have changed; prepared cases are used again.
+
+    Raises:
+        ValueError: The folder has a training that is under way or has learned something, or holds something else.
+    """
+    if _isRun(folder):
+        if Run(folder).state() in ACTIVE:
+            raise ValueError(_("The training in {folder} is under way. Choose another folder.").format(folder=folder))
+        if hasBegun(folder):
+            remember(folder)
+            text = _(
+                "{folder} holds a training that has begun with its own choices. To go on with it, choose it under Runs "
+                "and press Resume; for another one choose an empty folder."
+            )
+            raise ValueError(text.format(folder=folder))
+    check_folder(Path(folder))  # a data set may have files of these names
+    if not hasBegun(folder):
+        for path in [Path(folder, name) for name in _PREPARED]:
+            if path.exists():
+                path.unlink()
 
 
 def command(parameters: Any, device: str, *more: str) -> list[str]:
@@ -70,8 +108,8 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
     Raises:
         ValueError: A choice is missing or does not fit.
     """
-    folder = str(parameters.runFolder)
-    if folder in ("", "."):
+    folder = parameters.runFolder
+    if folder in ("", "."):  # a dot is what older scenes hold
         raise ValueError(_("Choose a folder for the training."))
     if not parameters.folders:
         raise ValueError(_("Add a data set first: a folder, or the open scene."))
@@ -80,7 +118,7 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
     words += ["--length", f"{parameters.length:g}", "--name", parameters.name.strip() or "m4oe"]
     if parameters.baseModel:
         if not parameters.expert.strip():
-            raise ValueError(_("Name the expert that the model gets, such as mr_t2."))
+            raise ValueError(_("Name the expert that the model gets under Data, Expert, such as mr_dixon."))
         words += ["--add-modality", parameters.expert.strip(), "--model", parameters.baseModel]
     else:
         words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
@@ -99,28 +137,39 @@ def estimate(process: Process) -> str:
         raise RuntimeError(process.lastWords())
     found = json.loads(lines[-1])
     gpu = _(", {size:.1f} GiB on the GPU").format(size=found["gpu_mib"] / 1024) if found["gpu_mib"] else ""
-    return _("About {time}; memory {size:.1f} GiB{gpu}").format(
+    return _("It takes {time}; memory {size:.1f} GiB{gpu}").format(
         time=duration(found["seconds"]), size=found["memory_mib"] / 1024, gpu=gpu
     )
 
 
-def stages(parameters: Any) -> str:
-    """The stages of a training with these choices and their steps, for people."""
+def stages(parameters: Any, experts: int) -> str:
+    """The stages of a training with these choices and their steps, for people.
+
+    Args:
+        parameters: The choices.
+        experts: How many the data have; 0 where that is not known.
+    """
     from m4oe.training import config
 
     chosen = {"quick": config.QUICK, "small": config.SMALL, "full": config.FULL}[parameters.preset.value]
-    stages = config.addition_stages(chosen.stages) if parameters.baseModel else chosen.stages
+    stages, alone = chosen.stages, experts == 1 and not parameters.synthesise  # which adds experts of its own
+    if parameters.baseModel:
+        stages = config.addition_stages(stages)
+    elif alone:
+        stages = tuple(stage for stage in stages if stage.name != "gate")
     steps = [(stage.name, max(1, round(stage.steps * parameters.length))) for stage in stages]
     if parameters.pretrain and not parameters.baseModel:
         steps = [("pretrain", parameters.pretrain), *steps]
-    return ", ".join(f"{name} {count:,}" for name, count in steps)
+    text = ", ".join(f"{name} {count:,}" for name, count in steps)
+    known = experts or parameters.synthesise or parameters.baseModel
+    return text if known else _("{stages} (gate: only for several experts)").format(stages=text)
 
 
 def duration(seconds: float) -> str:
-    """Such as "3 h 20 min"."""
+    """Such as "about 3 h 20 min"."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return _("less than a minute")
     if minutes < 60:
-        return _("{minutes} min").format(minutes=minutes)
-    return _("{hours} h {minutes} min").format(hours=minutes // 60, minutes=minutes % 60)
+        return _("about {minutes} min").format(minutes=minutes)
+    return _("about {hours} h {minutes} min").format(hours=minutes // 60, minutes=minutes % 60)

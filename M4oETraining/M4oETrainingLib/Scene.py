@@ -6,31 +6,52 @@ import csv
 import itertools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import slicer
 import slicer.util
 from slicer.i18n import tr as _
 
-_AIR = -500  # a volume that goes below is a CT
+_COLUMNS = ("case", "modality", "expert")
+# What a reader of pairs of files would take for the end of a name: CT_seg would be the label map of CT.
+_ROLE = re.compile(r"(?i)[_-](?=(?:labels?|labelmap|seg|segmentation|mask|gt|image|img|volume|scan|0000)(?![^\W_]))")
 
 
-def pairs() -> list[tuple[Any, Any]]:
-    """Volume and segmentation nodes that belong together: the segmentation was drawn on the volume."""
-    found = []
+class _Segment(NamedTuple):
+    """A segment that is a structure of the catalogue."""
+
+    node: Any
+    name: str
+    key: str
+
+
+class _Case(NamedTuple):
+    """A volume node, what was drawn on it, and its modality."""
+
+    volumeNode: Any
+    segments: list[_Segment]
+    modality: str
+
+
+def pairs() -> list[tuple[Any, list[Any]]]:
+    """Volume nodes, each with the segmentation nodes that were drawn on it."""
+    found: dict[str, tuple[Any, list[Any]]] = {}
     for segmentation in slicer.util.getNodesByClass("vtkMRMLSegmentationNode"):
         volume = segmentation.GetNodeReference(segmentation.GetReferenceImageGeometryReferenceRole())
         if volume is not None and volume.GetClassName() == "vtkMRMLScalarVolumeNode":
-            found.append((volume, segmentation))
-    return found
+            found.setdefault(volume.GetID(), (volume, []))[1].append(segmentation)
+    return list(found.values())
 
 
 def export(folder: str, modality: str, expert: str) -> tuple[int, list[str], list[str]]:
-    """Writes every pair into the folder, beside those that are there, with tables of the labels and the cases.
+    """Writes every volume that has structures into the folder, beside those that are there.
+
+    A table beside each label map says what was drawn in that case; all else is unknown there, not absent. Nothing is
+    written where anything is refused.
 
     Args:
         folder: Is made where it is missing.
-        modality: "CT", "MR", or "" to decide by what is known of the volume.
+        modality: "CT" or "MR" for the volumes of which it is not known; "" to refuse them.
         expert: That the cases train; "" for the modality's.
 
     Returns:
@@ -38,7 +59,7 @@ def export(folder: str, modality: str, expert: str) -> tuple[int, list[str], lis
         were in the folder already and are replaced.
 
     Raises:
-        ValueError: There is no pair, a volume has two segmentations, or its modality is not known.
+        ValueError: No volume has a structure, or has one twice, or its modality is not known.
         OSError: The folder cannot be written.
     """
     from m4oe.labels import catalogue
@@ -48,88 +69,140 @@ def export(folder: str, modality: str, expert: str) -> tuple[int, list[str], lis
         raise ValueError(
             _("The scene has no segmentation that belongs to a volume. Draw one in the Segment Editor first.")
         )
-    names = _caseNames([volume for volume, _segmentation in found])
-    values = {key: value for value, key in enumerate(catalogue(), start=1)}
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    rows, left = _rows(target), []
-    replaced = [case for case in names if case in rows]
-    for case, (volume, segmentation) in zip(names, found, strict=True):
-        unknown, kind = _write(target, case, volume, segmentation, values, modality)
+    cases, left = [], []
+    for volumeNode, segmentationNodes in found:
+        segments, unknown = _structures(volumeNode, segmentationNodes)
         left += unknown
-        rows[case] = {"case": case, "modality": kind, "expert": expert or kind.lower()}
-    _save(target / "cases.csv", [["case", "modality", "expert"], *[list(row.values()) for row in rows.values()]])
-    _save(target / "labels.csv", [["label", "name"], *[[str(value), key] for key, value in values.items()]])
-    return len(found), list(dict.fromkeys(left)), replaced
+        if segments:
+            cases.append(_Case(volumeNode, segments, _modality(volumeNode, modality)))
+    left = list(dict.fromkeys(left))
+    if not cases:
+        raise ValueError(
+            _("No segment is a structure that M4oE knows: {names}. Give them terminology or English names.").format(
+                names=", ".join(left)
+            )
+        )
+    target = Path(folder)
+    rows = _rows(target)
+    names = _names([case.volumeNode for case in cases], target, rows)
+    target.mkdir(parents=True, exist_ok=True)
+    values = {key: value for value, key in enumerate(catalogue(), start=1)}
+    replaced = [name for name in names if name in rows]
+    for name, case in zip(names, cases, strict=True):
+        _write(target, name, case, values)
+        rows[name] = {**rows.get(name, {}), "case": name, "modality": case.modality}
+        rows[name]["expert"] = expert or case.modality.lower()
+    columns = list(dict.fromkeys(itertools.chain(_COLUMNS, *rows.values())))
+    _save(target / "cases.csv", [columns, *[[row.get(column, "") for column in columns] for row in rows.values()]])
+    return len(cases), left, replaced
 
 
-def _caseNames(volumeNodes: list[Any]) -> list[str]:
-    """A name of its own for each volume, of which several may have the same in Slicer.
+def _structures(volumeNode: Any, segmentationNodes: list[Any]) -> tuple[list[_Segment], list[str]]:
+    """The segments of a volume that are structures, and the names of the others.
 
     Raises:
-        ValueError: A volume comes twice.
+        ValueError: Two segmentations have the same structure.
+    """
+    from m4oe.labels import structure
+
+    segments: list[_Segment] = []
+    unknown = []
+    for node in segmentationNodes:
+        segmentation = node.GetSegmentation()
+        for name in segmentation.GetSegmentIDs():
+            key = structureOf(segmentation.GetSegment(name))
+            other = next((known for known in segments if known.key == key and known.node is not node), None)
+            if other is not None:
+                text = _(
+                    "'{volume}' has {structure} in two segmentations, '{first}' and '{second}'. Delete one of both."
+                )
+                names = {"first": other.node.GetName(), "second": node.GetName(), "volume": volumeNode.GetName()}
+                raise ValueError(text.format(structure=structure(other.key).name, **names))
+            if key:
+                segments.append(_Segment(node, name, key))
+            else:
+                unknown.append(segmentation.GetSegment(name).GetName())
+    return segments, unknown
+
+
+def _modality(volumeNode: Any, otherwise: str) -> str:
+    """What the volume itself says, else the choice of the user.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    from m4oe.modality import modality_evidence
+    from m4oe.nodes import volume_from_node
+
+    evidence = modality_evidence(volume_from_node(volumeNode))
+    found = evidence.modality if evidence.certain else otherwise
+    if not found:
+        text = _("Whether '{name}' is CT or MR is not known. Choose it; it is used only where nothing is known.")
+        raise ValueError(text.format(name=volumeNode.GetName()))
+    return found
+
+
+def _names(volumeNodes: list[Any], folder: Path, rows: dict[str, Any]) -> list[str]:
+    """A name of its own for each volume, of which several may have the same in Slicer.
+
+    Files of the folder that are no cases of its table are not overwritten.
     """
     names: list[str] = []
     for node in volumeNodes:
-        if volumeNodes.count(node) > 1:
-            raise ValueError(
-                _("'{name}' has several segmentations. Delete those that are not to be learned.").format(
-                    name=node.GetName()
-                )
-            )
-        name = re.sub(r"[^\w-]+", "_", node.GetName()).strip("_") or "case"
+        name = _ROLE.sub("", re.sub(r"[^\w-]+", "_", node.GetName())).strip("_") or "case"
         others = (f"{name}_{number}" for number in itertools.count(2))
-        names.append(next(text for text in itertools.chain([name], others) if text not in names))
+        taken = {other.lower() for other in names}  # as files of Windows and macOS see them
+        free = (text for text in itertools.chain([name], others) if text.lower() not in taken)
+        names.append(next(text for text in free if text in rows or not (folder / f"{text}.nii.gz").exists()))
     return names
 
 
 def structureOf(segment: Any) -> str | None:
     """The key of a segment's structure: by its codes, else by its name."""
+    from m4oe.names import BACKGROUND, key_of
+
     try:
         from m4oe.labelmap import find_structure
     except ImportError:  # no pynrrd here
-        from m4oe.names import key_of
-
-        return key_of(segment.GetName())
+        key = key_of(segment.GetName())
+        return None if key == BACKGROUND else key
     return find_structure("", segment.GetTerminology()) or find_structure(segment.GetName())
 
 
-def _write(
-    folder: Path, case: str, volumeNode: Any, segmentationNode: Any, values: dict[str, int], modality: str
-) -> tuple[list[str], str]:
+def _write(folder: Path, name: str, case: _Case, values: dict[str, int]) -> None:
+    """Writes a case's image, its label map, and the table of the structures that were drawn in it."""
     import numpy as np
     from m4oe.files import write_volume
     from m4oe.geometry import Volume
     from m4oe.labels import ancestry
     from m4oe.nodes import volume_from_node
 
-    volume = volume_from_node(volumeNode)
-    kind = modality or volume.modality or ("CT" if volume.array.min() < _AIR else "")
-    if not kind:
-        raise ValueError(_("Whether '{name}' is CT or MR is not known. Choose it.").format(name=volumeNode.GetName()))
-    segmentation = segmentationNode.GetSegmentation()
-    keys = {name: structureOf(segmentation.GetSegment(name)) for name in segmentation.GetSegmentIDs()}
-    known = {name: key for name, key in keys.items() if key}
-    unknown = [segmentation.GetSegment(name).GetName() for name, key in keys.items() if not key]
+    volume = volume_from_node(case.volumeNode)
     labels = np.zeros(volume.array.shape, np.uint8)
-    for name, key in sorted(known.items(), key=lambda item: len(list(ancestry(item[1])))):  # a part over its whole
-        mask = slicer.util.arrayFromSegmentBinaryLabelmap(segmentationNode, name, volumeNode)
-        labels[mask > 0] = values[key]
-    write_volume(folder / f"{case}.nii.gz", volume)
-    write_volume(folder / f"{case}_label.nii.gz", Volume(labels, volume.grid))
-    return unknown, kind
+    for segment in sorted(case.segments, key=lambda item: len(list(ancestry(item.key)))):  # a part over its whole
+        mask = slicer.util.arrayFromSegmentBinaryLabelmap(segment.node, segment.name, case.volumeNode)
+        labels[mask > 0] = values[segment.key]
+    write_volume(folder / f"{name}.nii.gz", volume)
+    write_volume(folder / f"{name}_label.nii.gz", Volume(labels, volume.grid))
+    keys = dict.fromkeys(segment.key for segment in case.segments)
+    _save(folder / f"{name}_label.csv", [["LabelValue", "Name"], *[[str(values[key]), key] for key in keys]])
 
 
 def _rows(folder: Path) -> dict[str, dict[str, str]]:
-    """Cases that the folder has already."""
+    """Cases that the folder has already, with all that its table says of them.
+
+    Raises:
+        ValueError: The table has no column of cases.
+    """
+    from m4oe.names import read_rows
+
     path = folder / "cases.csv"
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {
-            row["case"]: {key: row.get(key) or "" for key in ("case", "modality", "expert")}
-            for row in csv.DictReader(file)
-        }
+    rows = list(read_rows(path))
+    if rows and "case" not in rows[0]:
+        raise ValueError(_("{path} has no column case. Choose another folder.").format(path=path))
+    return {row["case"]: {key: value or "" for key, value in row.items() if key} for row in rows}
 
 
 def _save(path: Path, rows: list[list[str]]) -> None:

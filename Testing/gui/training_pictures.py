@@ -48,7 +48,7 @@ def main(source: str, target: str, length: float = 0.4) -> None:
     ui.evaluationImagesEdit.currentPath = ui.evaluationTruthEdit.currentPath = source
     ui.evaluationFolderEdit.currentPath = tempfile.mkdtemp(prefix="m4oe-")
     ui.evaluateButton.click()
-    settle(lambda: panel._evaluation is None, 600)
+    settle(lambda: not panel._evaluation.busy, 600)
     photograph(panel, folder / "training-evaluation.png", ["evaluation"])
     ui.evaluationPlotButton.click()
     save_chart(slicer.modules.plots.logic().shown, folder / "training-scores.png")

@@ -1,0 +1,54 @@
+"""What a training would take: `m4oe train --estimate` in the worker's Python, in a line of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from M4oESegmentationLib import Worker
+from M4oESegmentationLib.Errors import errorsShown
+from M4oESegmentationLib.Process import Process
+from slicer.i18n import tr as _
+
+from . import Runs
+
+
+class EstimateSection:
+    """The panel's part for estimates: a button that begins one, or cancels the one under way."""
+
+    def __init__(self, ui: Any, command: Callable[[], list[str]]) -> None:
+        """Connects the widgets; `command` gives that of an estimate with the panel's choices."""
+        self._ui, self._command = ui, command
+        self.process: Process | None = None
+        ui.estimateButton.connect("clicked()", self._toggle)
+
+    @property
+    def busy(self) -> bool:
+        return self.process is not None
+
+    def poll(self) -> None:
+        """Shows the result when it is there."""
+        if self.process is None or not self.process.done():
+            return
+        process = self.process
+        self.stop()
+        with errorsShown(_("There is no estimate.")):
+            self._ui.estimateLabel.text = Runs.estimate(process)
+
+    def stop(self) -> None:
+        """Ends the one under way."""
+        if self.process is not None:
+            self.process.stop()
+        self._show(None, "")
+
+    def _toggle(self) -> None:
+        if self.busy:
+            self.stop()
+            return
+        with errorsShown(_("There is no estimate.")):
+            process = Process(self._command(), Worker.environment())
+            self._show(process, _("Prepares the cases and measures a few steps ..."))
+
+    def _show(self, process: Process | None, text: str) -> None:
+        self.process, self._ui.estimateLabel.text = process, text
+        self._ui.estimateButton.text = _("Estimate") if process is None else _("Cancel")
