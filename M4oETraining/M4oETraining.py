@@ -152,7 +152,7 @@ class M4oETrainingWidget(Panel):
 
     def _ownModel(self) -> list[tuple[str, str]]:
         path = self._view.model if self._view is not None else None
-        return [(_("Of the run {name}").format(name=path.parent.name), str(path))] if path and path.exists() else []
+        return [(_("{name} (run)").format(name=path.parent.name), str(path))] if path and path.exists() else []
 
     # ---- the run
 
