@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from .network.moe import keep_top_k
 from .network.swin import SwinBlock
 from .network.unet import MoESwinUNet
 from .package import load_model
+from .parts import scores_in_parts
 from .resample import CanonicalVolume, FieldPainter, LabelPainter
 from .spec import DEFAULT_MODEL, find_model
 
@@ -280,7 +281,7 @@ class Predictor:
             with phases("resample"):
                 stacks = canonical.stacks(start, stop, self.spec.network.channels)
             with phases("network"):
-                scores = _scores(network, stacks)
+                scores = scores_in_parts(partial(_scores, network), stacks, self.spec.crop)
             with phases("upsample"):
                 painter.add(scores)
                 probabilities.add(scores)

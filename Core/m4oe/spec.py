@@ -18,6 +18,7 @@ METADATA_KEY = "m4oe"
 DEFAULT_MODEL = "m4oe-demo"
 GATES = ("image", "token", "channel")
 INTENSITY_KINDS = ("window", "percentile")
+_SMALLEST_CROP = 4
 _MOST_STRUCTURES = 255  # as labels are bytes and 0 is the background
 _HEADER_LIMIT = 64 * 1024 * 1024
 
@@ -111,6 +112,7 @@ class ModelSpec:
         structures: Canonical keys; the label value of `structures[n]` is n + 1.
         pixel_mm: In-plane spacing of the canonical grid.
         slice_mm: Slice spacing of the canonical grid; thicker slices stay as they are.
+        crop: Pixels along a side of a training image; larger slices are segmented in parts of it. 0: always whole.
         intensity: Rule per modality.
         training: What is known of it; "scored_cases" is how many cases of each expert the scores come from.
         scores: Dice per expert and structure on cases that training never saw.
@@ -124,6 +126,7 @@ class ModelSpec:
     intensity: Mapping[str, IntensityRule]
     pixel_mm: float
     slice_mm: float
+    crop: int = 0
     description: str = ""
     limits: str = ""
     licence: str = ""
@@ -148,6 +151,8 @@ class ModelSpec:
             raise ValueError(f"no intensity rule for the modality {', '.join(missing)} of an expert")
         if not (0 < self.pixel_mm < math.inf and 0 < self.slice_mm < math.inf):
             raise ValueError(f"spacing {self.pixel_mm} x {self.slice_mm} mm must be positive")
+        if self.crop and self.crop < _SMALLEST_CROP:
+            raise ValueError(f"training images of {self.crop} pixels are too small; expected {_SMALLEST_CROP} or more")
 
     @property
     def expert_names(self) -> tuple[str, ...]:

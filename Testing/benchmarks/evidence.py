@@ -114,7 +114,7 @@ FLARE = (
 def stages(*names: str) -> tuple[Stage, ...]:
     """The three of the segmentation, all arms alike, with the gate's where they are asked for."""
     thirds = iter(zip(STEPS, RATES, (0.5, 0.5, 0.0), strict=True))
-    return tuple(Stage("gate", 400, 2e-2) if name == "gate" else Stage(name, *next(thirds)) for name in names)
+    return tuple(Stage("gate", 400, 2e-3) if name == "gate" else Stage(name, *next(thirds)) for name in names)
 
 
 ARMS = {  # network, stages; "one each" trains four networks

@@ -14,7 +14,7 @@ PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
     ("__init__", "labels", "names", "spec", "jobs", "parallel", "training_run", "install"),
     ("geometry", "modality", "nifti", "metaimage", "files", "dicom", "labelmap", "nodes", "page"),
-    ("network", "resample", "package", "cleanup", "predictor"),
+    ("network", "resample", "package", "parts", "cleanup", "predictor"),
     ("raster", "preview", "surface", "evaluation", "evaluation_files", "evaluation_report", "training"),
     (
         "terminal",

@@ -72,9 +72,9 @@ class TrainConfig:
     stages: tuple[Stage, ...] = (
         Stage("dense", 2400, 1.5e-3),
         Stage("experts", 1400, 7e-4),
-        Stage("gate", 300, 2e-2),
+        Stage("gate", 300, 2e-3),
         Stage("joint", 500, 5e-4, balance=0.0),
-        Stage("gate", 400, 2e-2),
+        Stage("gate", 400, 2e-3),
     )
     weight_decay: float = 0.02
     seed: int = 0
@@ -115,9 +115,9 @@ QUICK = TrainConfig(
     stages=(
         Stage("dense", 320, 2e-3),
         Stage("experts", 140, 1e-3),
-        Stage("gate", 100, 2e-2),
+        Stage("gate", 100, 3e-3),
         Stage("joint", 120, 1e-3, balance=0.0),
-        Stage("gate", 500, 2e-2),
+        Stage("gate", 300, 3e-3),
     ),
 )
 # For data sets; the number of experts is that of the data.
@@ -132,9 +132,9 @@ FULL = TrainConfig(
     stages=(
         Stage("dense", 40_000, 5e-4),
         Stage("experts", 20_000, 3e-4),
-        Stage("gate", 1000, 1e-2),
+        Stage("gate", 1000, 1e-3),
         Stage("joint", 10_000, 1e-4, balance=0.0),
-        Stage("gate", 1000, 1e-2),
+        Stage("gate", 1000, 1e-3),
     ),
     weight_decay=0.05,
     validate_every=2000,

@@ -40,6 +40,7 @@ def phantom_spec(config: TrainConfig, count: int) -> ModelSpec:
         ),
         intensity={"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 0.5, 99.5)},
         pixel_mm=config.pixel_mm,
+        crop=config.crop,
         slice_mm=config.slice_mm,
         description="Demonstration model: 15 abdominal organs and liver tumours on CT and MR.",
         limits=(

@@ -143,6 +143,7 @@ def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:
         experts=experts,
         intensity={key: rule for key, rule in _INTENSITY.items() if key in {expert.modality for expert in experts}},
         pixel_mm=config.pixel_mm,
+        crop=config.crop,
         slice_mm=config.slice_mm,
         description=f"Trained on {', '.join(dataset.name for dataset in plan.datasets)}.",
         limits=_LIMITS,
