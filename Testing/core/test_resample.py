@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe import resample
+from m4oe import modality
 from m4oe.geometry import Grid, Volume
 from m4oe.modality import modality_evidence
 from m4oe.resample import CanonicalVolume, LabelPainter
@@ -283,7 +283,7 @@ def test_the_stored_type_makes_no_difference(kind: str, rule: IntensityRule) -> 
 def test_storage_order_makes_no_difference_even_where_percentiles_are_sampled(
     axes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resample, "_SAMPLE_VOXELS", 50)
+    monkeypatch.setattr(modality, "_SAMPLE_VOXELS", 50)
     volume = a_volume(noise(6, 7, 8) * 100)
     expected, found = (CanonicalVolume(v, 2, 2, PERCENTILE) for v in (volume, volume.to_axes(axes)))
     assert (found.low, found.high) == (expected.low, expected.high)
