@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4oe import modality
+from m4oe import modality, resample
 from m4oe.geometry import Grid, Volume
 from m4oe.modality import modality_evidence
 from m4oe.resample import CanonicalVolume, LabelPainter
