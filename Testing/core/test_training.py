@@ -88,7 +88,8 @@ def test_a_data_set_trains_a_model_that_segments(tmp_path: Path, capsys: pytest.
     assert main(command) == 0
     assert (run / "plan.json").read_text(encoding="utf-8") == plan.read_text(encoding="utf-8")
     spec = read_spec(run / "model.safetensors")
-    assert spec.expert_names == ("ct", "mr_t2") and set(spec.scores) == {"mr_t2"}
+    assert spec.expert_names == ("ct", "mr_t2") and set(spec.scores) == {"ct", "mr_t2"}
+    assert spec.training["scored_on_validation"] == ["ct"]
     result = ["segment", str(tmp_path / "set" / "ct4.nii.gz"), "--model", str(run / "model.safetensors")]
     assert main([*result, "-o", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "ct4.seg.nrrd").exists()
