@@ -416,7 +416,7 @@ def _volume_warnings(volumes_ml: dict[str, float], cut: list[str], grid: Grid) -
         if item.volume_ml and not _is_plausible(item, volumes_ml[key], key in cut)
     ]
     if names := [found[key].name for key in cut if key in found]:
-        warnings.append(f"at the edge of the field of view, so cut or not there at all: {', '.join(names)}")
+        warnings.append(f"at the edge of the field of view, so perhaps cut: {', '.join(names)}")
     return warnings
 
 

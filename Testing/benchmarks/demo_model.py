@@ -153,7 +153,7 @@ def demo_data(data: Path, config: TrainConfig) -> TrainingData:
     spec = replace(
         phantoms.spec,
         version="0.3.0",
-        description="Demonstration model: 15 abdominal organs and liver tumours on CT and MR.",
+        description="Demonstration model: 15 abdominal organs on CT and MR.",
         licence="Apache-2.0",
         limits=LIMITS,
         training={**phantoms.spec.training, "data": DATA, "licences": LICENCES},

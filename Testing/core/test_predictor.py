@@ -571,7 +571,7 @@ def test_a_structure_at_the_border_is_told(predictor: Predictor, monkeypatch: py
     constant(predictor, 2, monkeypatch)
     _, report = predictor(an_mr())
     assert [text for text in report.warnings if "at the edge" in text] == [
-        "at the edge of the field of view, so cut or not there at all: Spleen"
+        "at the edge of the field of view, so perhaps cut: Spleen"
     ]
 
 
@@ -596,7 +596,7 @@ def test_a_volume_that_no_patient_has_is_told(
 
 def test_a_small_volume_is_no_surprise_where_the_scan_cuts_it() -> None:
     warnings = module._volume_warnings({"spleen": 1.0}, ["spleen", "liver"], an_mr().grid)
-    assert warnings == ["at the edge of the field of view, so cut or not there at all: Spleen"]
+    assert warnings == ["at the edge of the field of view, so perhaps cut: Spleen"]
 
 
 def test_small_volumes_are_told_with_two_digits() -> None:
