@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .geometry import CANONICAL_AXES, Volume
 from .modality import finite_sample
-from .modality import modality_evidence as modality_evidence  # by how it is used together
 from .spec import IntensityRule
 
 _SCORES_AT_ONCE = 1 << 22

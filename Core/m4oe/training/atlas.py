@@ -19,7 +19,8 @@ from scipy import ndimage
 
 from ..geometry import Volume
 from ..labels import catalogue
-from ..resample import CanonicalVolume, modality_evidence
+from ..modality import modality_evidence
+from ..resample import CanonicalVolume
 from ..spec import IntensityRule, ModelSpec
 from .body import TISSUES
 from .cases import CaseFiles, on_grid, read_labels, whole_planes
