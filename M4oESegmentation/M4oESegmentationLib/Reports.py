@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Collection
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,16 +12,6 @@ if TYPE_CHECKING:
 
 _MODALITY = "M4oE.modality"
 _ATTRIBUTE = "M4oE.report"  # JSON in base64, as MRML ends values at ":"
-
-
-def completed(report: Report, spec: ModelSpec, structures: Collection[str]) -> Report:
-    """The report with 0 mL for what was wanted and not found, which older workers leave out.
-
-    What the experts in use never learned to find was not looked for.
-    """
-    used = [number for number, name in enumerate(spec.expert_names) if report.expert_weights.get(name)]
-    known = [spec.label_keys[label] for label in spec.classes_of(used) if label]
-    return replace(report, volumes_ml={key: 0.0 for key in known if key in structures} | report.volumes_ml)
 
 
 def setReport(segmentationNode: Any, report: Report, spec: ModelSpec) -> None:

@@ -13,7 +13,7 @@ import slicer.util
 from slicer.i18n import tr as _
 
 from .Errors import errorsShown
-from .Reports import completed, setReport
+from .Reports import setReport
 
 if TYPE_CHECKING:
     from m4oe.client import Client
@@ -95,8 +95,7 @@ class Run:
         if not self._job.done():
             return False
         try:
-            labels, report = self._job.result()
-            self.report = completed(report, self._spec, self._choices.structures)
+            labels, self.report = self._job.result()
             self._results.append((labels, self.report))
             if self._cancelled:  # too late for the worker, not for the scene
                 raise Cancelled(_("cancelled"))

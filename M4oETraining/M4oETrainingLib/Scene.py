@@ -206,5 +206,7 @@ def _rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _save(path: Path, rows: list[list[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    from m4oe.files import atomic_write
+
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
