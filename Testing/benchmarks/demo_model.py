@@ -23,6 +23,7 @@ import torch
 from evidence import dice_by_key, real_volumes
 from m4oe.files import read_volume
 from m4oe.names import keys_of
+from m4oe.package import load_model
 from m4oe.predictor import Predictor
 from m4oe.raster import write_png
 from m4oe.spec import ModelSpec
@@ -135,15 +136,15 @@ def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
     return found
 
 
-def demo_config(length: float) -> TrainConfig:
-    """The stages, `length` times as long."""
+def demo_config(length: float, mixture: bool) -> TrainConfig:
+    """The stages, `length` times as long; from a mixture on without the first."""
     stages = (
         Stage("dense", 5500, 1e-3, balance=0.2),
-        Stage("experts", 4200, 7e-4, balance=0.1),
-        Stage("experts", 1300, 3e-4, balance=0.0),
-        Stage("gate", 1200, 2e-3),
+        Stage("experts", 7000, 7e-4, balance=0.1),
+        Stage("experts", 2000, 3e-4, balance=0.0),
+        Stage("gate", 1000, 2e-3),
     )
-    stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages)
+    stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])
     return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)
 
 
@@ -152,7 +153,7 @@ def demo_data(data: Path, config: TrainConfig) -> TrainingData:
     phantoms = phantom_data(config, PHANTOMS, say)
     spec = replace(
         phantoms.spec,
-        version="0.3.0",
+        version="0.4.0",
         description="Demonstration model: 15 abdominal organs on CT and MR.",
         licence="Apache-2.0",
         limits=LIMITS,
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("run"), metavar="OUT", help="folder of the run")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--length", type=float, default=1.0, metavar="F", help="times the steps")
-    parser.add_argument("--init", metavar="MODEL:EXPERT", help="of m4oe train --phantoms, to start from")
+    parser.add_argument("--init", metavar="MODEL[:EXPERT]", help="to start from: one expert, or all")
     parser.add_argument("--score", nargs="+", metavar="MODEL", help="score these models instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -204,11 +205,14 @@ def main() -> None:
         print(score_table(options.data, options.score))
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    config = demo_config(options.length)
+    mixture = bool(options.init) and ":" not in options.init
+    config = demo_config(options.length, mixture)
     data = demo_data(options.data, config)
     synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
     write_png(options.output / "synthesis.png", preview(synthesiser))
-    start = start_network(options.init, config, STRUCTURES) if options.init else None
+    start = None
+    if options.init:
+        start = load_model(Path(options.init))[0] if mixture else start_network(options.init, config, STRUCTURES)
     model = train(config, data, options.output, say, device="cpu", start=start)
     score_model(model, unseen_phantoms(UNSEEN), say, "cpu")
     print(model)

@@ -25,12 +25,14 @@ from ..spec import IntensityRule, ModelSpec
 from .body import TISSUES
 from .cases import CaseFiles, on_grid, read_labels, whole_planes
 from .data import annotated_classes
+from .dome import GOES_ON, continue_upwards
 
 _BODY_HU = -300.0
 _BODY_SHARE = 0.08  # of an MR volume's range, above which there is a body
 _RULES = {"CT": IntensityRule("window", -1024, 1500), "MR": IntensityRule("percentile", 0.5, 99.5)}
 _RIM_MM = 6.0  # cortex of a kidney
 _SKIN_MM = (8.0, 22.0)  # fat below the skin where there is no image to show it
+_WALL_MM = (5.0, 14.0)  # muscle below that fat
 _UNKNOWN = "unknown"  # what a label map without an image calls the rest of the body
 _VESSELS = 0.35  # how far from where two noises cross zero, in their standard deviations
 _LIKE = {  # tissues of a structure, in no order; several where it holds several
@@ -156,13 +158,16 @@ def make_atlas(
     if intensity_ZHW is not None:
         known = np.isin(values_ZHW, list(named))
         parts.add(_inside(intensity_ZHW, modality) & ~known, _REST[modality], 0)
+    texture_ZHW = _texture(intensity_ZHW, parts.classes_ZHW, modality)
+    if GOES_ON.issuperset(_annotated_at_the_top(parts, spec)) and not {"lung", "myocardium"} & _tissues_of(annotated):
+        texture_ZHW = parts.continue_upwards(texture_ZHW)
     labels_C = np.array(parts.labels)
     shown_ZHW = labels_C[parts.classes_ZHW]
     slices_of = {int(n): np.flatnonzero((shown_ZHW == n).any((1, 2))) for n in np.unique(shown_ZHW) if n}
     places = [_place(shown_ZHW == label, spacing) for label in slices_of]
     return Atlas(
         parts.classes_ZHW,
-        _texture(intensity_ZHW, parts.classes_ZHW, modality),
+        texture_ZHW,
         tuple(parts.tissues),
         labels_C,
         annotated_classes(annotated, spec),
@@ -172,6 +177,15 @@ def make_atlas(
         name,
         weight,
     )
+
+
+def _annotated_at_the_top(parts: _Parts, spec: ModelSpec) -> set[str]:
+    """Keys of the model's structures that the last slice shows."""
+    return {spec.structures[label - 1] for label in np.array(parts.labels)[np.unique(parts.classes_ZHW[-1])] if label}
+
+
+def _tissues_of(keys: Sequence[str]) -> set[str]:
+    return {tissue for key in keys for tissue in tissues_of(key)}
 
 
 def tissues_of(key: str) -> tuple[str, ...]:
@@ -204,7 +218,10 @@ def negative_atlas(seed: int, spec: ModelSpec) -> Atlas:
         skull = core & (depth < fat + rng.uniform(4, 9))
         parts.add(skull, ("bone", "marrow"), 0)
         core &= ~skull
-    kinds = ("spleen", "muscle", "csf", "stomach_food") if head else ("muscle", "muscle", "visceral_fat", "vein")
+    if head:
+        _add_brain(parts, core & (z > -0.15 * shape[0]), depth - fat, x, rng)
+        core &= z <= -0.15 * shape[0]  # the face and the base of the skull
+    kinds = ("muscle", "gas", "fat", "bone", "csf") if head else ("muscle", "muscle", "visceral_fat", "vein")
     noise = np.stack([_smooth_noise(rng, shape, rng.uniform(4, 12)) + rng.uniform(0, 1) for _ in kinds])
     for number, kind in enumerate(kinds):
         parts.add(core & (noise.argmax(0) == number), (kind,), 0)
@@ -214,6 +231,16 @@ def negative_atlas(seed: int, spec: ModelSpec) -> Atlas:
     nowhere = np.empty((0, 4), np.float32)
     labels_C = np.array(parts.labels)
     return Atlas(parts.classes_ZHW, None, tuple(parts.tissues), labels_C, known, spacing, {}, nowhere, "negative")
+
+
+def _add_brain(parts: _Parts, mask: NDArray[np.bool_], depth: NDArray, x: NDArray, rng: np.random.Generator) -> None:
+    """White matter, grey matter in folds around it, and fluid between the folds, in the middle and in the ventricles."""
+    folds, ventricle = _smooth_noise(rng, mask.shape, rng.uniform(2, 4)), _smooth_noise(rng, mask.shape, 7)
+    deep = rng.uniform(18, 30)
+    fluid = (abs(folds) < 0.12) & (depth < deep) | (abs(x) < 0.7) | (depth > 1.6 * deep) & (ventricle > 1)
+    grey = (folds > 0.4 * depth / deep) & (depth < 1.3 * deep) | (depth > 1.6 * deep) & (ventricle < -1.2)
+    for kind, where in (("csf", fluid), ("spleen", grey & ~fluid), ("cord", ~grey & ~fluid)):
+        parts.add(mask & where, (kind,), 0)
 
 
 class _Parts:
@@ -249,6 +276,16 @@ class _Parts:
         self.tissues += tissues
         self.labels += [label] * len(tissues)
 
+    def continue_upwards(self, texture_ZHW: NDArray[np.float16] | None) -> NDArray[np.float16] | None:
+        """Adds the dome of the liver where it was cut off; returns the texture, mirrored there."""
+        rng = np.random.default_rng(len(self.tissues))
+        self.classes_ZHW, self.tissues, kept = continue_upwards(self.classes_ZHW, self.tissues, self.spacing, rng)
+        self.labels += [0] * (len(self.tissues) - len(self.labels))
+        if texture_ZHW is None:
+            return None
+        texture_ZHW = np.pad(texture_ZHW[:kept], ((0, len(self.classes_ZHW) - kept), (0, 0), (0, 0)), mode="reflect")
+        return texture_ZHW * (self.classes_ZHW > 0)
+
     def _by_intensity(self, mask: NDArray[np.bool_], tissues: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
         """k-means of smoothed intensities, that start where CT has the tissues, or in MR evenly."""
         assert self.intensity is not None
@@ -265,13 +302,15 @@ class _Parts:
         return ordered, _nearest_means(smooth, np.array(start))
 
     def _by_chance(self, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Fat below the skin, and within a mixture of all."""
+        """Fat below the skin, muscle below it, and within a mixture of all."""
         rng = np.random.default_rng(int(mask.sum()))
         body = mask | (self.classes_ZHW > 0)
         depth = np.stack([ndimage.distance_transform_edt(plane, self.spacing[1:]) for plane in body])[mask]
         noise = np.stack([_smooth_noise(rng, mask.shape, 5)[mask] for _ in _MADE_UP])
         noise += np.array([0.9, 0.9, 0.5, 0.0, -0.3, 0.0])[:, None]
-        return np.where(depth < rng.uniform(*_SKIN_MM), 0, noise.argmax(0))
+        skin = rng.uniform(*_SKIN_MM)
+        wall = _MADE_UP.index("muscle")
+        return np.where(depth < skin, 0, np.where(depth < skin + rng.uniform(*_WALL_MM), wall, noise.argmax(0)))
 
 
 def _nearest_means(values: NDArray, means: NDArray) -> NDArray[np.int64]:

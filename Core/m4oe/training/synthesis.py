@@ -37,6 +37,10 @@ _REAL = 0.2  # share of real images for an expert that has some
 _ANY_SLICE = 0.4
 _COARSE = 4  # pixels between the points at which the deformation is computed
 _BANK = 1 << 21
+_PARTS = 0.3  # share of images that show part of the body, as parts of a large slice do
+_PART, _MIDDLE = 0.2, 0.03  # how far their middle lies from the body's, in crops
+_DIM = 0.3  # share of MR images that are dimmer than their volume, far from the coils or without fluid
+_MOVED = (0.3, 0.2, 0.2)  # of an organ's radius, upwards and in the plane; more between slices, as breathing does
 _WILD = 0.15  # share of MR images whose tissues have any signal
 _EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
 _KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
@@ -136,7 +140,8 @@ class Synthesiser:
         place_3SHW = torch.stack(torch.meshgrid(depth_S, line, line, indexing="ij"))
         turn = torch.from_numpy(_tilt(rng) * np.exp(rng.normal(0, (0.1, 0.09, 0.09)))).float()
         moved_3SHW = torch.einsum("ij,jshw->ishw", turn, place_3SHW)
-        centre = np.array([_slice(atlas, rng), *(shape[1:] / 2 + rng.normal(0, 4, 2))]) * spacing
+        spread = self.crop * (_PART if rng.random() < _PARTS else _MIDDLE)
+        centre = np.array([_slice(atlas, rng), *(shape[1:] / 2 + rng.normal(0, spread, 2))]) * spacing
         moved_3SHW += torch.from_numpy(centre).float()[:, None, None, None]
         moved_3SHW = _organs_changed(moved_3SHW, torch.from_numpy(atlas.places_M4), rng)
         moved_3SHW += _bent(coarse, depth_S, rng)
@@ -262,7 +267,7 @@ def _organs_changed(place_3SHW: Tensor, places_M4: Tensor, rng: Generator) -> Te
         -0.5 * (from_centre_M3SHW.square().sum(1, True) / (1.4 * radius_M[:, None, None, None, None]) ** 2)
     ).exp()
     grow_M = torch.from_numpy(rng.normal(0, 0.16, count)).float().clamp(-0.35, 0.35)
-    shift_M3 = torch.from_numpy(rng.normal(0, 0.16, (count, 3))).float().clamp(-0.35, 0.35) * radius_M[:, None]
+    shift_M3 = torch.from_numpy(rng.normal(0, _MOVED, (count, 3)).clip(-0.5, 0.5)).float() * radius_M[:, None]
     change = from_centre_M3SHW * grow_M[:, None, None, None, None] + shift_M3[..., None, None, None]
     total_1SHW = weight_M1SHW.sum(0).clamp(min=1)  # where structures overlap they share
     return place_3SHW + (change * weight_M1SHW).sum(0) / total_1SHW
@@ -349,7 +354,8 @@ def _scaled(image_SHW: Tensor, rng: Generator) -> Tensor:
     seen = image_SHW.flatten()[:: max(1, image_SHW.numel() // 20_000)]
     seen = seen[seen > 0]
     high = torch.quantile(seen, 0.985) if len(seen) else image_SHW.new_tensor(1.0)
-    return (image_SHW / (high * float(np.exp(rng.uniform(-0.25, 0.4)))).clamp(min=1e-6)).clamp(0, 1)
+    dimmer = rng.uniform(-0.25, 0.4) + (rng.uniform(0, 0.8) if rng.random() < _DIM else 0.0)
+    return (image_SHW / (high * float(np.exp(dimmer))).clamp(min=1e-6)).clamp(0, 1)
 
 
 def _add_table(image_SHW: Tensor, body_HW: Tensor, pixel_mm: float, rng: Generator) -> None:
