@@ -16,6 +16,7 @@ from m4oe.training.cases import CaseFiles
 from m4oe.training.data import Case, Sampler
 from m4oe.training.phantom import MODALITIES
 from m4oe.training.synthesis import Synthesiser, preview
+from scipy import ndimage
 
 STRUCTURES = ("liver", "urinary_bladder", "spleen", "liver_tumor")
 SPEC = ModelSpec(
@@ -113,6 +114,53 @@ def test_a_case_whose_image_is_its_label_map_is_drawn_from_that_alone(
     path = saved(tmp_path / "a.nii.gz", np.tile(np.arange(4).reshape(1, 4, 1), (4, 1, 4)), spacing=(5.0, 5.0, 5.0))
     atlas = load_atlas(CaseFiles("a", "a", path, path, labels={1: "liver", 2: "spleen", 3: "fat"}), SPEC)
     assert atlas.texture_ZHW is None and {"liver", "spleen", "fat"} <= set(atlas.tissues)
+
+
+def a_chest(*, lungs: bool, dome: bool) -> Volume:
+    """A body with bones at its back, the liver up to the last slice or with a dome, and lungs around that or not."""
+    labels = np.where(np.broadcast_to(from_the_middle() < 20, SHAPE), 9, 0).astype(np.uint8)
+    labels[:, 31:35, 20:24] = 3
+    for plane, size in enumerate((9, 9, 9, 9, 9, 9, 9, 9, 7, 5, 2, 0) if dome else 12 * (9,)):
+        if lungs and size < 9:
+            labels[plane, 12:30, 8:36] = 8
+        labels[plane, 20 - size : 20 + size, 17 - size : 17 + size] = 1
+    return Volume(labels, GRID)
+
+
+CHEST = {1: "liver", 3: "vertebrae_t10", 8: "lung_right", 9: "muscle"}
+
+
+def test_a_liver_that_was_cut_off_gets_a_dome_between_lungs_below_a_heart() -> None:
+    labels = a_chest(lungs=False, dome=False)
+    atlas = make_atlas(labels, CHEST, ANNOTATED, SPEC)
+    liver = atlas.labels_C[atlas.classes_ZHW] == 1
+    areas = liver.sum((1, 2))
+    assert np.array_equal(liver[:12], labels.array == 1)
+    assert (np.diff(areas[11:]) <= 0).all() and areas[-1] == 0 and 0 < areas[14] < areas[11]
+    above = {atlas.tissues[code] for code in np.unique(atlas.classes_ZHW[-1])}
+    assert {"lung", "myocardium", "blood", "bone", "muscle", "air"} <= above
+    last = np.flatnonzero(areas)[-1]
+    around = atlas.classes_ZHW[last][ndimage.binary_dilation(liver[last]) & ~liver[last]]
+    assert {atlas.tissues[code] for code in around} <= {"lung", "myocardium", "blood"}
+    assert max(atlas.slices_of[1]) == last
+
+
+def test_a_dome_with_lungs_stays_and_one_without_is_made_anew() -> None:
+    shown = a_chest(lungs=True, dome=True)
+    liver = make_atlas(shown, CHEST, ANNOTATED, SPEC)
+    assert np.array_equal(liver.labels_C[liver.classes_ZHW], shown.array == 1)
+    bare = a_chest(lungs=False, dome=True)
+    atlas = make_atlas(bare, CHEST, ANNOTATED, SPEC)
+    assert np.array_equal(atlas.labels_C[atlas.classes_ZHW][:8], bare.array[:8] == 1)
+    assert "lung" in atlas.tissues and (np.array(atlas.tissues)[atlas.classes_ZHW[9]] == "lung").any()
+
+
+@pytest.mark.parametrize("annotated", [("liver", "lung_right"), ("liver", "vertebrae_t10")])
+def test_nothing_is_made_up_of_what_the_model_is_to_learn(annotated: tuple[str, ...]) -> None:
+    spec = replace(SPEC, structures=("liver", "lung_right", "vertebrae_t10"))
+    labels = a_chest(lungs=False, dome=False)
+    atlas = make_atlas(labels, CHEST, annotated, spec)
+    assert len(atlas.classes_ZHW) == len(labels.array) and "lung" not in atlas.tissues
 
 
 def test_an_atlas_of_nothing_is_refused() -> None:

@@ -234,7 +234,7 @@ def negative_atlas(seed: int, spec: ModelSpec) -> Atlas:
 
 
 def _add_brain(parts: _Parts, mask: NDArray[np.bool_], depth: NDArray, x: NDArray, rng: np.random.Generator) -> None:
-    """White matter, grey matter in folds around it, and fluid between the folds, in the middle and in the ventricles."""
+    """White matter, folds of grey matter around it, and fluid between them, in the middle and in the ventricles."""
     folds, ventricle = _smooth_noise(rng, mask.shape, rng.uniform(2, 4)), _smooth_noise(rng, mask.shape, 7)
     deep = rng.uniform(18, 30)
     fluid = (abs(folds) < 0.12) & (depth < deep) | (abs(x) < 0.7) | (depth > 1.6 * deep) & (ventricle > 1)

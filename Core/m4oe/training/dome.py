@@ -22,7 +22,9 @@ _ORGANS = (
     "liver", "spleen", "stomach", "kidney_right", "kidney_left", "adrenal_gland_right", "adrenal_gland_left",
     "gallbladder", "pancreas", "duodenum", "liver_tumor",
 )  # fmt: skip
-GOES_ON = frozenset((*_ORGANS, "aorta", "inferior_vena_cava", "esophagus"))  # what may be above where the label map ended
+GOES_ON = frozenset(
+    (*_ORGANS, "aorta", "inferior_vena_cava", "esophagus")
+)  # what may be above where the label map ended
 _LUNG, _HEART, _CHAMBER = "lung", "myocardium", "blood"
 _STAYS = ("air", "aorta", "inferior_vena_cava", "esophagus", "bone", "marrow", "disc", "cord")
 _CUT, _DOMED = 0.3, 0.8  # of the liver's largest section: above, it is cut off; below, its dome has begun
