@@ -40,8 +40,9 @@ _BANK = 1 << 21
 _PARTS = 0.3  # share of images that show part of the body, as parts of a large slice do
 _PART, _MIDDLE = 0.2, 0.03  # how far their middle lies from the body's, in crops
 _DIM = 0.3  # share of MR images that are dimmer than their volume, far from the coils or without fluid
-_MOVED = (0.3, 0.2, 0.2)  # of an organ's radius, upwards and in the plane; more between slices, as breathing does
-_WILD = 0.15  # share of MR images whose tissues have any signal
+_MOVED = (0.6, 0.2, 0.2)  # of an organ's radius, upwards and in the plane: kidneys may lie high or low beside the liver
+_MOVED_MM = (35.0, 15.0, 15.0)  # at most
+_WILD = 0.05  # share of MR images whose tissues have any signal
 _EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
 _KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
 _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
@@ -267,7 +268,8 @@ def _organs_changed(place_3SHW: Tensor, places_M4: Tensor, rng: Generator) -> Te
         -0.5 * (from_centre_M3SHW.square().sum(1, True) / (1.4 * radius_M[:, None, None, None, None]) ** 2)
     ).exp()
     grow_M = torch.from_numpy(rng.normal(0, 0.16, count)).float().clamp(-0.35, 0.35)
-    shift_M3 = torch.from_numpy(rng.normal(0, _MOVED, (count, 3)).clip(-0.5, 0.5)).float() * radius_M[:, None]
+    shift_M3 = torch.from_numpy(rng.normal(0, _MOVED, (count, 3))).float() * radius_M[:, None]
+    shift_M3 = shift_M3.clamp(-torch.tensor(_MOVED_MM), torch.tensor(_MOVED_MM))
     change = from_centre_M3SHW * grow_M[:, None, None, None, None] + shift_M3[..., None, None, None]
     total_1SHW = weight_M1SHW.sum(0).clamp(min=1)  # where structures overlap they share
     return place_3SHW + (change * weight_M1SHW).sum(0) / total_1SHW
@@ -328,7 +330,7 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     if rng.random() < wild:
         drawn = rng.random(len(codes)) ** rng.uniform(0.6, 1.5)
     else:
-        drawn = tissue_signal(rng, contrast)[codes] * np.exp(rng.normal(0, rng.uniform(0.05, 0.3), len(codes)))
+        drawn = tissue_signal(rng, contrast)[codes] * np.exp(rng.normal(0, rng.uniform(0.05, 0.22), len(codes)))
     drawn[0] = 0
     means = torch.from_numpy(np.asarray(drawn)).float()
     return means, means * (spread.clamp(max=20) / 100 + 0.02)
