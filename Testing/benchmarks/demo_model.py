@@ -140,7 +140,7 @@ def demo_config(length: float, mixture: bool) -> TrainConfig:
     """The stages, `length` times as long; from a mixture on without the first."""
     stages = (
         Stage("dense", 5500, 1e-3, balance=0.2),
-        Stage("experts", 7000, 7e-4, balance=0.1),
+        Stage("experts", 6000, 7e-4, balance=0.1),
         Stage("experts", 2000, 3e-4, balance=0.0),
         Stage("gate", 1000, 2e-3),
     )

@@ -21,6 +21,7 @@ from m4oe.predictor import Predictor
 from m4oe.spec import NetworkSpec, read_spec
 from m4oe.training import config as configs
 from m4oe.training.config import Stage, TrainConfig
+from m4oe.training.plan_data import addition_config
 
 NETWORK = NetworkSpec(experts=2, top_k=1, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0)
 TINY = TrainConfig(
@@ -255,6 +256,14 @@ def test_an_added_modality_leaves_the_tensors_of_the_old_as_they_were(base: Path
         assert torch.equal(value, new[key][: len(value)] if key.startswith(("head", "router.score")) else new[key])
     assert not torch.equal(new["router.score.weight"][2], new["router.score.weight"][1])
     assert new["head.weight"][3].any()
+
+
+@pytest.mark.parametrize(("crop", "expected"), [(32, 32), (0, TINY.crop)])
+def test_an_added_expert_learns_from_images_of_the_size_that_its_model_segments(
+    base: Path, crop: int, expected: int
+) -> None:
+    model = replace(read_spec(base / "model.safetensors"), crop=crop)
+    assert addition_config(TINY, model).crop == expected
 
 
 @pytest.mark.parametrize("expert", ["ct", "mr_t1"])

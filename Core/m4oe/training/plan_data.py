@@ -37,11 +37,16 @@ def plan_config(config: TrainConfig, plan: Plan, synthesise: bool = False) -> Tr
 
 
 def addition_config(config: TrainConfig, model: ModelSpec) -> TrainConfig:
-    """The configuration that adds an expert to a model: on the model's grid, with its network, and as many steps."""
+    """The configuration that adds an expert to a model: on its grid, images of its size, its network, as many steps."""
     experts, drop_path = model.network.experts + 1, config.network.drop_path
     network = replace(model.network, experts=experts, top_k=1, drop_path=drop_path)
     return replace(
-        config, network=network, stages=addition_stages(config.stages), pixel_mm=model.pixel_mm, slice_mm=model.slice_mm
+        config,
+        network=network,
+        stages=addition_stages(config.stages),
+        pixel_mm=model.pixel_mm,
+        slice_mm=model.slice_mm,
+        crop=model.crop or config.crop,
     )
 
 
