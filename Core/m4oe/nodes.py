@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         vtkSegmentation,
     )
 
+_ALGORITHM = "DICOM.SegmentAlgorithmName"  # tag of a segment
 _CLOSED_SURFACE = "Closed surface"
 _MODALITY_TAG = "0008,0060"
 
@@ -90,8 +91,8 @@ def check_segmentation_node(
     """Refuses a node that cannot take a result with the segment ids `keys`; worth asking before a long run.
 
     Raises:
-        ValueError: No segmentation node, or one whose other segments would move in space because its parent
-            transform is not the volume's.
+        ValueError: No segmentation node, one whose other segments would move in space because its parent transform
+            is not the volume's, or one that uses an id of the result for a segment that no model made.
     """
     if segmentationNode is None or not segmentationNode.IsA("vtkMRMLSegmentationNode"):
         raise ValueError(f"Expected a segmentation node for the result, got {_describe(segmentationNode)}.")
@@ -102,6 +103,17 @@ def check_segmentation_node(
             f"under the transform of '{volumeNode.GetName()}'. Choose a new segmentation or give both nodes "
             "the same transform."
         )
+    if drawn := [name for key in keys if (name := _drawn_by_hand(segmentationNode, key))]:
+        raise ValueError(
+            f"'{segmentationNode.GetName()}' holds {', '.join(drawn)}, which M4oE did not make and the result would "
+            "replace. Choose a new segmentation."
+        )
+
+
+def _drawn_by_hand(segmentationNode: vtkMRMLSegmentationNode, key: str) -> str:
+    """The name of the segment with this id that no model made; nothing if there is none."""
+    segment = segmentationNode.GetSegmentation().GetSegment(key)
+    return "" if segment is None or segment.HasTag(_ALGORITHM) else segment.GetName()
 
 
 def percent_to_node(volume: Volume, volumeNode: vtkMRMLScalarVolumeNode) -> vtkMRMLScalarVolumeNode:
@@ -193,7 +205,7 @@ def _segment(key: str, value: int, image: vtkOrientedImageData, source: str) -> 
     if facts.terminology:  # else Slicer's own "Tissue" stays: DICOM export wants a code for every segment
         segment.SetTerminology(facts.terminology)
     segment.SetTag("DICOM.SegmentAlgorithmType", "AUTOMATIC")
-    segment.SetTag("DICOM.SegmentAlgorithmName", source)
+    segment.SetTag(_ALGORITHM, source)
     name = slicer.vtkSegmentationConverter.GetSegmentationBinaryLabelmapRepresentationName()
     segment.AddRepresentation(name, image)
     return segment

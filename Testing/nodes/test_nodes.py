@@ -347,6 +347,17 @@ def test_result_follows_a_volume_that_was_transformed_later(volume_node: Any, re
     assert result.GetTransformNodeID() == volume_node.GetTransformNodeID()
 
 
+def test_a_segment_of_the_user_with_an_id_of_the_result_is_never_replaced(
+    volume_node: Any, segmentation_node: Any
+) -> None:
+    drawn = draw_segment(segmentation_node, volume_node, "spleen")
+    labels = make_labels(volume_from_node(volume_node).grid)
+    with pytest.raises(ValueError, match="'organs' holds spleen, which M4oE did not make"):
+        segmentation_to_node(labels, STRUCTURES, segmentation_node, volume_node, "demo 1.0")
+    assert ids(segmentation_node) == ("spleen",)
+    np.testing.assert_array_equal(segment_array(segmentation_node, "spleen", volume_node), drawn)
+
+
 @pytest.mark.parametrize("wrong", ["nothing", "volume"])
 def test_only_a_segmentation_node_is_taken(wrong: str, volume_node: Any) -> None:
     node = volume_node if wrong == "volume" else None
