@@ -12,6 +12,7 @@ import slicer
 import slicer.util
 from slicer.i18n import tr as _
 
+from . import Worker
 from .Errors import errorsShown
 from .Reports import setReport
 
@@ -96,6 +97,7 @@ class Run:
             return False
         try:
             labels, self.report = self._job.result()
+            self._checkModel()
             self._results.append((labels, self.report))
             if self._cancelled:  # too late for the worker, not for the scene
                 raise Cancelled(_("cancelled"))
@@ -143,13 +145,27 @@ class Run:
             self._uncertainty = np.zeros(volume.array.shape, np.uint8)
         self._job = self._client.begin_segment(
             volume,
-            model=choices.model,
+            model=Worker.modelThere(choices.model),
             expert=choices.expert,
             structures=choices.structures,
             device=choices.device,
             quality=choices.quality,
             uncertainty=self._uncertainty,
         )
+
+    def _checkModel(self) -> None:
+        """Refuses a result whose labels mean something else.
+
+        Raises:
+            ValueError: The worker has another model of this name.
+        """
+        mine = f"{self._spec.name} {self._spec.version}"
+        if self.report.model != mine:
+            raise ValueError(
+                _("The worker used the model {theirs}, here it is {mine}: install the same one there.").format(
+                    theirs=self.report.model, mine=mine
+                )
+            )
 
     def _import(self) -> None:
         """Puts the results into the scene, in one go.
@@ -159,11 +175,17 @@ class Run:
         """
         if self._volumeNode.GetScene() is not slicer.mrmlScene:  # its ID may be another volume's by now
             raise ValueError(_("The volume was removed while it was being segmented; nothing was changed."))
+        given = self._segmentationNode
+        before = slicer.vtkSegmentation()
+        if given is not None:
+            before.DeepCopy(given.GetSegmentation())
         try:
             self._show()
         except Exception:
             for node in self._added:
                 slicer.mrmlScene.RemoveNode(node)
+            if given is not None:
+                given.GetSegmentation().DeepCopy(before)
             raise
 
     def _show(self) -> None:
@@ -229,7 +251,11 @@ def _play(volumeNode: Any, frames: Any, segmentationNode: Any) -> None:
 def duration(seconds: float) -> str:
     """A time for people, such as "1 min 20 s"."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
-    return _("{minutes} min {seconds} s").format(minutes=minutes, seconds=rest) if minutes else f"{rest} s"
+    return (
+        _("{minutes} min {seconds} s").format(minutes=minutes, seconds=rest)
+        if minutes
+        else _("{seconds} s").format(seconds=rest)
+    )
 
 
 class RunSection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qt
@@ -69,6 +70,11 @@ def command(*words: str) -> list[str]:
     if not setting("host", ""):
         raise ValueError(_("No host is named. Type its name under Advanced, Host, such as user@host."))
     return ["ssh", "-o", "BatchMode=yes", setting("host", ""), "m4oe", *words]
+
+
+def modelThere(path: str) -> str:
+    """What the worker calls a model file of this machine: on another machine its own model of that name."""
+    return Path(path).stem if place() == SSH else path
 
 
 def localCommand(*words: str) -> list[str]:

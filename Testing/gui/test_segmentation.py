@@ -619,6 +619,63 @@ def test_settings_of_the_machine_are_found_again(open_panel: Callable[[str], Any
     assert not again.ui.pythonPathEdit.enabled
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_another_machine_segments_with_its_own_model_of_the_same_name_and_version(
+    version: str, panel: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dialogs: Dialogs
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    save_again(tiny_model, there / "tiny.safetensors", version)
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(
+        f'#!/bin/sh\nshift 4\nM4OE_MODELS="{there}" exec "{sys.executable}" -m m4oe "$@"\n', encoding="utf-8"
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ssh.parent), prepend=os.pathsep)
+    panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("ssh")
+    panel.ui.hostEdit.text = "gpu1"
+    panel.worker.save()
+    del panel.logic.close
+    panel.logic._client = None
+    node = apply(panel, add_volume())
+    panel.logic.close()
+    if version == "1":
+        assert dialogs.said == [] and ids(node) == set(STRUCTURES)
+    else:
+        assert "used the model tiny 2, here it is tiny 1: install the same one there" in dialogs.said[0][1]
+        assert segmentations() == []
+
+
+def save_again(model: Path, path: Path, version: str) -> None:
+    """A model under another version."""
+    from dataclasses import replace
+
+    from m4oe.package import load_model, save_model
+
+    network, spec = load_model(model)
+    save_model(path, network, replace(spec, version=version))
+
+
+def test_a_later_frame_that_cannot_be_shown_leaves_the_chosen_segmentation_as_it_was(
+    panel: Any, monkeypatch: pytest.MonkeyPatch, dialogs: Dialogs
+) -> None:
+    from m4oe import nodes
+
+    node = apply(panel, volume_node := add_frames(2))
+    edited = np.zeros(slicer.util.arrayFromVolume(volume_node).shape, np.uint8)
+    edited[3:5, 3:5, 3:5] = 1
+    slicer.util.updateSegmentBinaryLabelmapFromArray(edited, node, "liver", volume_node)
+    shown = iter((nodes.segmentation_to_node,))
+    monkeypatch.setattr(nodes, "segmentation_to_node", lambda *given: next(shown)(*given))
+    panel.ui.outputSelector.setCurrentNode(node)
+    panel.ui.allFramesCheckBox.checked = True
+    panel.ui.applyButton.click()
+    finish(panel)
+    assert "The segmentation failed" in dialogs.said[0][1]
+    assert np.array_equal(slicer.util.arrayFromSegmentBinaryLabelmap(node, "liver", volume_node), edited)
+
+
 def test_a_model_is_imported_and_chosen(
     panel: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dialogs: Dialogs
 ) -> None:
