@@ -148,11 +148,8 @@ class M4oETrainingWidget(Panel):
         models = [(spec.name, path) for path, spec in Models.installedModels().items()]
         missing = [(Path(base).stem, base)] if base not in ("", *(path for name, path in models)) else []
         _fill(ui.baseModelSelector, [(_("A new model"), ""), *models, *missing], base)
-        _fill(ui.evaluationModelSelector, [*self._ownModel(), *models], ui.evaluationModelSelector.currentData)
-
-    def _ownModel(self) -> list[tuple[str, str]]:
-        path = self._view.model if self._view is not None else None
-        return [(_("{name} (run)").format(name=path.parent.name), str(path))] if path and path.exists() else []
+        own = self._view.modelEntries() if self._view is not None else []
+        _fill(ui.evaluationModelSelector, [*own, *models], ui.evaluationModelSelector.currentData)
 
     # ---- the run
 
@@ -198,11 +195,7 @@ class M4oETrainingWidget(Panel):
         from M4oETrainingLib import Runs
 
         box = self.ui.runSelector
-        runs = [
-            (_("{name} in {folder}").format(name=Path(folder).name, folder=Path(folder).parent), folder)
-            for folder in Runs.known()
-        ]
-        _fill(box, runs, chosen or box.currentData)
+        _fill(box, Runs.entries(), chosen or box.currentData)
         self.onRunChosen()
 
     def onRunChosen(self, index: int = 0) -> None:
@@ -244,13 +237,11 @@ class M4oETrainingWidget(Panel):
         qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(str(self._view.run.folder / "report.html")))
 
     def onUseModel(self) -> None:
-        from m4oe.spec import read_spec
-        from M4oESegmentationLib import Models
+        from M4oETrainingLib import Runs
 
         with errorsShown(_("The model cannot be copied.")):
-            path = Models.importModel(str(self._view.model), read_spec(self._view.model).name)
+            self.ui.statusLabel.text = Runs.offer(self._view.model)
             self._showModels()
-            self.ui.statusLabel.text = _("M4oE Segmentation offers the model: {path}").format(path=path)
 
     # ---- what is new
 
@@ -291,6 +282,15 @@ def _fill(box: Any, entries: Sequence[tuple[str, str]], chosen: str | None) -> N
 
 class M4oETrainingTest(ScriptedLoadableModuleTest):
     """Runs inside Slicer."""
+
+    def runTest(self) -> None:
+        """Runs as Slicer's Reload and Test does."""
+        self.setUp()
+        self.test_panelOpens()
+
+    def setUp(self) -> None:
+        """Starts each test with an empty scene."""
+        slicer.mrmlScene.Clear(False)
 
     def test_panelOpens(self) -> None:
         """The panel opens with nothing to do."""

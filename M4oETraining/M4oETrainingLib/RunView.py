@@ -38,7 +38,7 @@ class RunView:
         self.run = Run(folder)
         self._ui = ui
         self._offset, self._progress = 0, Progress()
-        self._words = ""
+        self._words = self._offered = ""
         self._left: dict[str, str] = {}
         self._picture = Path()
         self._best = _Best(-1, 0.0, {})
@@ -60,6 +60,11 @@ class RunView:
         """Where its model is when it is finished."""
         return self.run.folder / "model.safetensors"
 
+    def modelEntries(self) -> list[tuple[str, str]]:
+        """What to call its model, and where that is; nothing before there is one."""
+        name = _("{name} (run)").format(name=self.run.folder.name)
+        return [(name, str(self.model))] if self.model.exists() else []
+
     def poll(self) -> bool:
         """Shows what is new; whether it has just finished."""
         before = self.state
@@ -73,6 +78,8 @@ class RunView:
             return False
         for event in events:
             self._take(event)
+        if self.state == "finished" and before not in ("", "finished"):  # "": it had finished before it was looked at
+            self._offered = self._offer()
         for curves in self.curves.values():
             curves.update()
         if events or self.state != before:
@@ -86,6 +93,12 @@ class RunView:
         for curves in self.curves.values():
             curves.remove()
         clear(self._ui)
+
+    def _offer(self) -> str:
+        try:
+            return Runs.offer(self.model)
+        except (ValueError, OSError) as error:
+            return _("M4oE Segmentation did not get the model: {error}").format(error=error)
 
     def _take(self, event: dict[str, Any]) -> None:
         self._progress.take(event)
@@ -139,6 +152,7 @@ class RunView:
                     "or more cases, or the label values mean something else."
                 )
             )
+        lines += [self._offered] if self._offered else []
         lines += [_("Left out: {case}: {reason}").format(case=case, reason=why) for case, why in self._left.items()]
         ui.statusLabel.text = "\n".join(lines[:_MOST_LINES] + ["..."] * (len(lines) > _MOST_LINES))
 

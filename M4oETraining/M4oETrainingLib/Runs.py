@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from pathlib import Path
 from typing import Any
 
 from m4oe.training_run import ACTIVE, EVENTS, Run, check_folder
-from M4oESegmentationLib import Worker
+from M4oESegmentationLib import Models, Worker
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
 
@@ -20,6 +21,12 @@ _PREPARED = ("plan.json", "config.json", "data.sha256", EVENTS)  # by an attempt
 def known() -> list[str]:
     """Folders of the runs that were started here and are still there, the newest first."""
     return [folder for folder in _listed() if _isRun(folder)]
+
+
+def entries() -> list[tuple[str, str]]:
+    """What to call the known runs, and their folders."""
+    text = _("{name} in {folder}")
+    return [(text.format(name=Path(folder).name, folder=Path(folder).parent), folder) for folder in known()]
 
 
 def remember(folder: str) -> None:
@@ -124,6 +131,22 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
         words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
         words += ["--synthesise"] if parameters.synthesise else []
     return Worker.localCommand(*words, *more)
+
+
+def offer(model: Path) -> str:
+    """Copies a model to those that M4oE Segmentation offers, where it is not there yet; what to tell the user.
+
+    Raises:
+        ValueError: It is no model, or another one of its name is there.
+        OSError: It cannot be copied.
+    """
+    from m4oe.spec import read_spec
+
+    name = read_spec(model).name
+    path = Path(Models.modelFolder(), f"{name}.safetensors")
+    if not path.exists() or not filecmp.cmp(model, path, shallow=False):
+        Models.importModel(str(model), name)
+    return _("M4oE Segmentation offers the model: {path}").format(path=path)
 
 
 def estimate(process: Process) -> str:

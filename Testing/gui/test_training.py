@@ -127,11 +127,19 @@ def test_a_training_is_started_paused_resumed_finished_and_used(
     assert slicer.modules.plots.logic().shown is panel._view.curves["dice"].chart
     ui.plotButton.click()
     assert slicer.app.layoutManager().layout == before
-    ui.useModelButton.click()
-    assert dialogs.errors == []
+    path = tmp_path / "models" / "mine.safetensors"
+    assert f"M4oE Segmentation offers the model: {path}" in ui.statusLabel.text
+    ui.useModelButton.click()  # once more harms nothing
+    assert dialogs.errors == [] and path.read_bytes() == (run / "model.safetensors").read_bytes()
+    image, _ = a_case(2)
+    volume = slicer.util.addVolumeFromArray(image.array, ijkToRAS=AFFINE, name="CT")
     segmentation = open_panel("M4oESegmentation")
-    names = [segmentation.ui.modelSelector.itemText(n) for n in range(segmentation.ui.modelSelector.count)]
-    assert any("mine" in name for name in names)
+    pick(segmentation.ui.modelSelector, "mine 1")
+    segmentation.ui.inputSelector.setCurrentNode(volume)
+    segmentation.ui.applyButton.click()
+    settle(lambda: segmentation.runs.run is None)
+    assert dialogs.errors == [] and segmentation.parameters.result.GetName().startswith("CT")
+    assert segmentation.ui.resultLabel.text.partition(": ")[2].startswith("mine ")
 
 
 def test_data_are_checked_in_the_background(panel: Any, data: Path) -> None:

@@ -240,6 +240,19 @@ def test_segmentations_of_a_volume_become_one_case(panel: Any, tmp_path: Path) -
     assert {name: int((labels == int(value)).sum()) for name, value in named.items()} == {"liver": 8, "spleen": 8}
 
 
+def test_a_segment_is_known_by_its_terminology_whatever_its_name(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
+    from m4oe.labels import structure
+
+    node = segment(a_volume("CT"), "Milz", "liver")
+    for name in ("Milz", "liver"):  # the codes count before the name
+        key = {"Milz": "spleen", "liver": "pancreas"}[name]
+        node.GetSegmentation().GetSegment(name).SetTerminology(structure(key).terminology)
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path)
+    panel.ui.addSceneButton.click()
+    assert dialogs.errors == [] and panel.ui.findingsLabel.text == "Cases written: 1."
+    assert {row.split(",")[1] for row in table(tmp_path / "CT_label.csv")[1:]} == {"spleen", "pancreas"}
+
+
 def test_a_structure_that_was_drawn_twice_is_refused(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
     volume = a_volume("CT")
     segment(volume, "liver")
@@ -482,6 +495,20 @@ def test_of_a_forgotten_run_nothing_is_shown(open_panel: Callable[[str], Any], t
     assert ui.progressBar.value == 100
     ui.forgetButton.click()
     assert (ui.progressBar.value, ui.statusLabel.text, ui.shownRunLabel.text, ui.diceTable.rowCount) == (0, "", "", 0)
+
+
+def test_the_self_tests_of_both_modules_pass(
+    panel: Any, open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from M4oETraining import M4oETrainingTest
+
+    open_panel("M4oESegmentation")
+    from M4oESegmentation import M4oESegmentationTest
+
+    widget = SimpleNamespace(self=lambda: panel)
+    monkeypatch.setattr(slicer.modules.m4oetraining, "widgetRepresentation", lambda: widget, raising=False)
+    M4oETrainingTest().runTest()
+    M4oESegmentationTest().runTest()
 
 
 def test_no_folder_is_chosen_at_first(panel: Any) -> None:
