@@ -42,7 +42,7 @@ LIMITS = (
     "A demonstration, trained on two patients, three label maps of other bodies, and computer-made phantoms. It finds "
     "large organs in most volumes of the abdomen, with errors that are to be looked for in every case, small ones "
     "often not at all, and no tumour. Among the MR experts its gate is mostly wrong on T2 with fat suppression: name "
-    "the expert. In a head it may find organs. To try M4oE out; no basis for results, not a medical device."
+    "the expert. Beyond the abdomen it may find organs. To try M4oE out; no basis for results, not a medical device."
 )
 DATA = (
     "1 CT and 1 T1 MR of TotalSegmentator's tests with their labels, 3 label maps without images (SPL abdominal atlas, "
