@@ -88,11 +88,11 @@ class Source:
 
 
 SOURCES = (
-    Source("ct/ts_ct_3mm_label_totalseg.nii.gz", ABDOMEN + PELVIS, 6, "ct/ts_ct_3mm.nii.gz", "ct"),
+    Source("ct/ts_ct_3mm_label_totalseg.nii.gz", ABDOMEN + PELVIS, 4, "ct/ts_ct_3mm.nii.gz", "ct"),
     Source("mr/ts_mr_t1_3mm_label_totalseg.nii.gz", ABDOMEN, 3, "mr/ts_mr_t1_3mm.nii.gz", "mr_t1"),
-    Source("anatomy/spl_abdominal_atlas.nii.gz", (*DRAWN, "aorta", "adrenal_gland_right", "adrenal_gland_left"), 1.5),
-    Source("anatomy/hra_visible_human_male.nii.gz", (*DRAWN, "duodenum", *PELVIS), 1),
-    Source("anatomy/hra_visible_human_female.nii.gz", (*DRAWN, "aorta", "duodenum", *PELVIS), 1),
+    Source("anatomy/spl_abdominal_atlas.nii.gz", (*DRAWN, "aorta", "adrenal_gland_right", "adrenal_gland_left"), 2),
+    Source("anatomy/hra_visible_human_male.nii.gz", (*DRAWN, "duodenum", *PELVIS), 1.5),
+    Source("anatomy/hra_visible_human_female.nii.gz", (*DRAWN, "aorta", "duodenum", *PELVIS), 1.5),
 )
 
 

@@ -11,10 +11,10 @@ import torch
 from m4oe.geometry import Grid, Volume
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.training.atlas import Atlas, load_atlas, make_atlas, negative_atlas, tissues_of
-from m4oe.training.body import TISSUES
+from m4oe.training.body import CODES, TISSUES
 from m4oe.training.cases import CaseFiles
 from m4oe.training.data import Case, Sampler
-from m4oe.training.phantom import MODALITIES
+from m4oe.training.phantom import MODALITIES, tissue_signal
 from m4oe.training.synthesis import Synthesiser, preview
 from scipy import ndimage
 
@@ -87,6 +87,15 @@ def test_a_structure_with_contents_is_split_and_a_bone_has_marrow() -> None:
     atlas = an_atlas()
     assert {"gas", "faeces"} <= tissues_at(atlas, labels.array == 4)
     assert tissues_at(atlas, labels.array == 3) == {"bone", "marrow"}
+
+
+def test_the_canal_of_the_spine_holds_the_cord_and_fluid_around_it() -> None:
+    image, labels = a_person()
+    labels.array[:, 28:34, 19:25] = 5
+    atlas = make_atlas(labels, {**MEANINGS, 5: "spinal_cord"}, ANNOTATED, SPEC, image)
+    assert tissues_at(atlas, labels.array == 5) == {"cord", "csf"}
+    labels.array[:, 29:33, 20:24] = 0
+    assert tissues_at(atlas, labels.array == 5) == {"csf"}
 
 
 def test_only_annotated_structures_keep_their_labels() -> None:
@@ -234,6 +243,12 @@ def test_urine_is_bright_in_t2_and_dark_in_t1() -> None:
     synthesiser = a_synthesiser()
     bright, dark = (np.median(drawn(synthesiser, expert, 2)[0]) for expert in (T2, T1))
     assert bright > dark + 0.2
+
+
+@pytest.mark.parametrize("tissue", ["muscle", "visceral_fat"])
+def test_what_surrounds_the_liver_is_brighter_in_some_t2_and_darker_in_others(tissue: str) -> None:
+    signals = np.stack([tissue_signal(np.random.default_rng(seed), "mr_t2") for seed in range(99)])
+    assert 0.05 < np.mean(signals[:, CODES[tissue]] > signals[:, CODES["liver"]]) < 0.95
 
 
 def test_contrast_medium_brightens_the_liver_in_some_cts() -> None:

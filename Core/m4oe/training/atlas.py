@@ -30,7 +30,7 @@ from .dome import GOES_ON, continue_upwards
 _BODY_HU = -300.0
 _BODY_SHARE = 0.08  # of an MR volume's range, above which there is a body
 _RULES = {"CT": IntensityRule("window", -1024, 1500), "MR": IntensityRule("percentile", 0.5, 99.5)}
-_RIM_MM = 6.0  # cortex of a kidney
+_RIM_MM = {"cortex": 6.0, "csf": 4.0}  # of kidneys, and around the spinal cord, which label maps draw with its fluid
 _SKIN_MM = (8.0, 22.0)  # fat below the skin where there is no image to show it
 _WALL_MM = (5.0, 14.0)  # muscle below that fat
 _UNKNOWN = "unknown"  # what a label map without an image calls the rest of the body
@@ -52,7 +52,7 @@ _LIKE = {  # tissues of a structure, in no order; several where it holds several
     "prostate_or_uterus": ("prostate",),
     "kidney_cyst": ("urine",),
     "liver_tumor": ("tumor_hypo",),
-    "spinal_cord": ("cord",),
+    "spinal_cord": ("csf", "cord"),
     "intervertebral_discs": ("disc",),
     "costal_cartilages": ("disc",),
     "heart": ("blood", "myocardium"),
@@ -261,8 +261,8 @@ class _Parts:
             tissues, split = _MADE_UP, self._by_chance(mask)
         elif len(tissues) == 1:
             split = np.zeros(int(mask.sum()), int)
-        elif tissues[0].startswith(("cortex", "bone")) and len(tissues) == 2:
-            reach = _RIM_MM if tissues[0].startswith("cortex") else 1.01 * max(self.spacing[1:])
+        elif tissues[0].startswith(("cortex", "csf", "bone")) and len(tissues) == 2:
+            reach = max(_RIM_MM.get(tissues[0].partition("_")[0], 0.0), 1.01 * max(self.spacing[1:]))
             split = (ndimage.distance_transform_edt(np.pad(mask, 1), self.spacing)[1:-1, 1:-1, 1:-1][mask] > reach) * 1
         elif tissues[0] == "liver":
             rng = np.random.default_rng(len(self.tissues))

@@ -20,6 +20,7 @@ STRUCTURES = (
     "stomach", "aorta", "inferior_vena_cava", "pancreas", "adrenal_gland_right",
     "adrenal_gland_left", "duodenum", "urinary_bladder", "prostate_or_uterus", "liver_tumor",
 )  # fmt: skip
+_FAT = ("fat", "visceral_fat", "marrow")
 _LABELS = np.array([STRUCTURES.index(t.structure) + 1 if t.structure else 0 for t in TISSUES.values()], np.uint8)
 
 
@@ -157,7 +158,7 @@ def tissue_signal(rng: Generator, modality: str) -> Array:
     """Signal per tissue, float32 from 0 to 1; T1 is that of a field of about 1.5 to 3 T."""
     count, density = len(TISSUES), _column("density")
     t1 = _column("t1") * rng.uniform(0.95, 1.3) * np.exp(rng.normal(0, 0.1, count))
-    t2 = _column("t2") * np.exp(rng.normal(0, 0.1, count))
+    t2 = _column("t2") * np.exp(rng.normal(0, 0.2, count))
     if modality == "mr_t2":
         signal, flow = _spin_echo(rng, t1, t2, density), rng.uniform(0.1, 1)
     else:
@@ -168,9 +169,11 @@ def tissue_signal(rng: Generator, modality: str) -> Array:
         signal, flow = _gradient_echo(rng, t1, t2, density), rng.uniform(0.6, 1.5)
     for name in ("blood", "aorta", "vein", "inferior_vena_cava"):
         signal[CODES[name]] *= flow if modality != "mr_t1ce" else 1
+    if modality == "mr_t2":
+        signal[CODES["aorta"]] *= rng.uniform(0.1, 1)  # fast blood has left the slice before its echo
     if rng.random() < {"mr_t1": 0.35, "mr_t2": 0.5, "mr_t1ce": 0.85}[modality]:
         suppressed = rng.uniform(0.05, 0.35)
-        for name in ("fat", "visceral_fat", "marrow"):
+        for name in _FAT:
             signal[CODES[name]] *= suppressed
     signal[CODES["air"]] = signal[CODES["table"]] = 0
     return (signal / signal.max()).astype(np.float32)
@@ -180,8 +183,11 @@ def _spin_echo(rng: Generator, t1: Array, t2: Array, density: Array) -> Array:
     """Signal of a T2-weighted spin echo.
 
     Those triggered by breathing repeat within one to three breaths, too soon for fluid to outshine the kidneys much.
+    Trains of echoes leave fat brighter than its T2 tells (Henkelman et al., JMRI 4, 1994).
     """
     echo, repetition = rng.uniform(60, 120), rng.uniform(1200, 5000)
+    t2 = t2.copy()
+    t2[[CODES[name] for name in _FAT]] *= rng.uniform(1, 2.2)
     return density * (1 - np.exp(-repetition / t1)) * np.exp(-echo / t2)
 
 
