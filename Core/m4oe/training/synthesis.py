@@ -44,8 +44,8 @@ _MOVED = (0.6, 0.2, 0.2)  # of an organ's radius, upwards and in the plane: kidn
 _MOVED_MM = (35.0, 15.0, 15.0)  # at most
 _WILD = 0.05  # share of MR images whose tissues have any signal
 _EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
-_IRON = 0.3  # share of T2 images in which iron makes the liver darker
-_LIVER = [CODES[name] for name in ("liver", "liver_vein")]
+_IRON = 0.3  # share of T2 images in which iron makes the liver darker, or liver and spleen
+_IRON_IN = ([CODES["liver"], CODES["liver_vein"]], [CODES["liver"], CODES["liver_vein"], CODES["spleen"]])
 _KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
 _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
 
@@ -269,7 +269,7 @@ def _organs_changed(place_3SHW: Tensor, places_M4: Tensor, rng: Generator) -> Te
     weight_M1SHW = (
         -0.5 * (from_centre_M3SHW.square().sum(1, True) / (1.4 * radius_M[:, None, None, None, None]) ** 2)
     ).exp()
-    grow_M3 = torch.from_numpy(rng.normal(0, (0.2, 0.16, 0.16), (count, 3))).float().clamp(-0.35, 0.35)
+    grow_M3 = torch.from_numpy(rng.normal(0, 0.2, (count, 3))).float().clamp(-0.35, 0.45)
     shift_M3 = torch.from_numpy(rng.normal(0, _MOVED, (count, 3))).float() * radius_M[:, None]
     shift_M3 = shift_M3.clamp(-torch.tensor(_MOVED_MM), torch.tensor(_MOVED_MM))
     change = from_centre_M3SHW * grow_M3[..., None, None, None] + shift_M3[..., None, None, None]
@@ -334,7 +334,7 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     else:
         drawn = tissue_signal(rng, contrast)[codes] * np.exp(rng.normal(0, rng.uniform(0.05, 0.22), len(codes)))
         if contrast == "mr_t2" and rng.random() < _IRON:
-            drawn = np.where(np.isin(codes, _LIVER), drawn * rng.uniform(0.3, 1), drawn)
+            drawn = np.where(np.isin(codes, _IRON_IN[rng.integers(2)]), drawn * rng.uniform(0.2, 1), drawn)
     drawn[0] = 0
     means = torch.from_numpy(np.asarray(drawn)).float()
     return means, means * (spread.clamp(max=20) / 100 + 0.02)
