@@ -15,7 +15,7 @@ import slicer.util
 from slicer.i18n import tr as _
 
 from . import Worker
-from .Errors import errorsShown
+from .Errors import errorsShown, showError
 from .Process import Process
 from .Run import Choices
 
@@ -196,7 +196,7 @@ class BatchSection:
             self._ui.batchStatusLabel.text = _("Stopped; start it again to go on.")
         elif batch.error:
             self._ui.batchStatusLabel.text = _("The batch failed: {reason}").format(reason=batch.error.splitlines()[-1])
-            slicer.util.errorDisplay(_("The batch failed.") + f"\n\n{batch.error}")
+            showError(_("The batch failed."), batch.error)
         self._changed()
 
     def _takeSelection(self) -> None:

@@ -12,6 +12,12 @@ import slicer.util
 _EXPECTED = (ValueError, RuntimeError, OSError, MemoryError, ImportError, subprocess.CalledProcessError)
 
 
+def showError(message: str, error: object) -> None:
+    """Shows a sentence and, below it, the reason as another one."""
+    reason = str(error)
+    slicer.util.errorDisplay(f"{message}\n\n{reason[:1].upper()}{reason[1:]}")
+
+
 @contextmanager
 def errorsShown(message: str) -> Iterator[None]:
     """Shows an error below a message, and goes on; a fault of ours is in the log with its place."""
@@ -19,4 +25,4 @@ def errorsShown(message: str) -> Iterator[None]:
         yield
     except _EXPECTED as error:
         logging.error("M4oE: %s %s", message, error)
-        slicer.util.errorDisplay(f"{message}\n\n{error}")
+        showError(message, error)

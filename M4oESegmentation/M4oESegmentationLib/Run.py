@@ -13,7 +13,7 @@ import slicer.util
 from slicer.i18n import tr as _
 
 from . import Worker
-from .Errors import errorsShown
+from .Errors import errorsShown, showError
 from .Reports import setReport
 
 if TYPE_CHECKING:
@@ -316,5 +316,5 @@ class RunSection:
         else:
             logging.error("M4oE: %s", run.error, exc_info=run.error)
             self._ui.statusLabel.text = _("Failed; nothing was changed.")
-            slicer.util.errorDisplay(_("The segmentation failed.") + f"\n\n{run.error}")
+            showError(_("The segmentation failed."), run.error)
         self._changed()

@@ -105,6 +105,15 @@ def test_a_ui_file_uses_only_properties_that_its_widgets_have(ui: Path) -> None:
 
 
 @pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+def test_a_ui_file_names_enums_as_qt_5_can_read_them(ui: Path) -> None:
+    """Designer of Qt 6 writes Qt::Orientation::Vertical, where the loader of Qt 5 knows Qt::Vertical alone."""
+    named = [
+        name for kind in ("enum", "set") for entry in ET.parse(ui).iter(kind) for name in str(entry.text).split("|")
+    ]
+    assert named and [name for name in named if name.count("::") != 1] == []
+
+
+@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
 def test_every_node_selector_gets_the_scene(ui: Path) -> None:
     tree = ET.parse(ui)
     selectors = {str(item.get("name")) for item in tree.iter("widget") if item.get("class") == "qMRMLNodeComboBox"}
