@@ -463,6 +463,28 @@ def test_a_training_that_has_begun_keeps_its_choices(
     assert commands == [["m4oe"]]
 
 
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("slicer", "Slicer's Python has no PyTorch. Press Install in M4oE Segmentation"),
+        ("python", "bare has no PyTorch. Install it there (python -m pip install torch), or choose another Python"),
+    ],
+)
+def test_without_pytorch_a_start_says_how_to_get_it_and_leaves_no_folder(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch, place: str, told: str
+) -> None:
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n', encoding="utf-8")  # without site-packages
+    bare.chmod(0o700)
+    monkeypatch.setattr("shutil.which", lambda name: str(bare))
+    qt.QSettings().setValue("M4oE/worker", place)
+    qt.QSettings().setValue("M4oE/python", str(bare))
+    commands = started(panel, monkeypatch, tmp_path / "run")
+    panel.ui.startButton.click()
+    assert told in dialogs.errors[0] and commands == []
+    assert not (tmp_path / "run").exists() and panel.ui.runSelector.count == 0
+
+
 def test_files_of_a_data_set_are_not_cleared_away(
     panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
