@@ -20,6 +20,7 @@ from typing import Any
 
 PAUSE = "pause"  # the file that a run looks for between two steps
 EVENTS = "events.jsonl"
+ERROR = "m4oe: error: "  # begins the line in which a run says why it fails
 ACTIVE = ("running", "pausing", "stopping")  # states of a run that has a process
 PATIENCE = 60.0  # seconds in which a run has to obey
 _FACTS, _LOG = "run.json", "run.log"
@@ -132,14 +133,14 @@ class Run:
         return [event for event in map(_event, whole.splitlines()) if event], offset + len(whole)
 
     def last_words(self) -> str:
-        """The end of what it said since it was last started, without its events."""
+        """The end of what it said since it was last started, without its events; an error begins with `ERROR`."""
         try:
             with (self.folder / _LOG).open("rb") as file:
                 file.seek(max(self._facts().logged, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 lines = file.read().decode("utf-8", "replace").splitlines()
         except OSError:
             return ""
-        said = [line.removeprefix("m4oe: error: ") for line in lines if line.strip() and not line.startswith("{")]
+        said = [line for line in lines if line.strip() and not line.startswith("{")]
         return "\n".join(said[-_TAIL_LINES:])
 
     def _facts(self) -> _Facts:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from m4oe.training_run import ACTIVE, EVENTS, Run, check_folder
+from m4oe.training_run import ACTIVE, ERROR, EVENTS, Run, check_folder
 from M4oESegmentationLib import Models, Worker
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
@@ -66,10 +66,11 @@ def _isRun(folder: str) -> bool:
 def stateLabel(run: Run, state: str) -> str:
     """The state for people."""
     if state == "failed":
-        words = run.last_words().removeprefix("m4oe: error: ") or _("it was ended from outside")
-        text = _("Failed: {words}").format(words=words)
+        said, error, why = run.last_words().partition(ERROR)
+        text = _("Failed: {why}").format(why=why or _("it was ended from outside, or crashed"))
+        text += "\n" + _("It said last: {said}").format(said=said.strip()) if said and not error else ""
         if hasBegun(run.folder):
-            return text
+            return f"{text}\n" + _("Resume goes on from its last checkpoint.")
         return f"{text}\n" + _(
             "If choices in this panel were wrong, mend them and press Start, with the same folder; "
             "Resume repeats the training with its old choices."

@@ -89,10 +89,10 @@ def test_a_run_that_does_not_obey_is_killed(tmp_path: Path) -> None:
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     run = start(tmp_path, 1, "fails")
     assert ended(run) == "failed"
-    assert run.last_words() == "begins\nthe disk is full"
+    assert run.last_words() == "begins\nm4oe: error: the disk is full"
     start_run(run.folder, run.command)
     ended(run)
-    assert run.last_words() == "begins\nthe disk is full"  # once, although it failed twice
+    assert run.last_words() == "begins\nm4oe: error: the disk is full"  # once, although it failed twice
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:

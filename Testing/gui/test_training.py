@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +196,42 @@ def test_a_run_goes_on_when_the_scene_is_closed_and_is_found_again(
     settle(state(panel, "stopped"))
     second.ui.forgetButton.click()
     assert second.ui.runSelector.count == 0 and (run / "checkpoint.safetensors").exists()
+
+
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint(panel: Any, data: Path, tmp_path: Path) -> None:
+    ui, run = panel.ui, tmp_path / "run"
+    choose(panel, data, run, 0.1)
+    ui.startButton.click()
+    settle((run / "checkpoint.safetensors").exists, 600)
+    os.kill(json.loads((run / "run.json").read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
+    settle(state(panel, "failed", "finished"), 600)
+    assert ui.statusLabel.text.startswith("Failed: it was ended from outside, or crashed\nIt said last: ")
+    assert ui.statusLabel.text.endswith("Resume goes on from its last checkpoint.")
+    ui.resumeButton.click()
+    settle(state(panel, "running"))
+    settle(state(panel, "finished", "failed"), 600)
+    assert ui.statusLabel.text.startswith("Finished") and (run / "model.safetensors").exists()
+    resumed = [event for event in panel._view.run.events_since()[0] if event["event"] == "resumed"]
+    assert len(resumed) == 1 and resumed[0]["stage"] + resumed[0]["step"] > 0
+
+
+def test_a_training_without_room_for_its_files_goes_on_when_there_is(
+    panel: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui, run, python = panel.ui, tmp_path / "run", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nulimit -f 200\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    python.chmod(0o700)
+    monkeypatch.setattr("shutil.which", lambda name: str(python))
+    choose(panel, data, run)
+    ui.startButton.click()
+    settle(state(panel, "failed", "finished"), 600)
+    assert ui.statusLabel.text.startswith(f"Failed: cannot write {run}")
+    assert "; make room and start again" in ui.statusLabel.text and list(run.glob("*.safetensors")) == []
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    ui.resumeButton.click()
+    settle(state(panel, "running"))
+    settle(state(panel, "finished", "failed"), 600)
+    assert ui.statusLabel.text.startswith("Finished")
 
 
 def test_an_expert_is_added_to_an_installed_model(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -483,6 +485,31 @@ def test_without_pytorch_a_start_says_how_to_get_it_and_leaves_no_folder(
     panel.ui.startButton.click()
     assert told in dialogs.errors[0] and commands == []
     assert not (tmp_path / "run").exists() and panel.ui.runSelector.count == 0
+
+
+@pytest.mark.parametrize(("name", "number"), [("run.log", errno.EROFS), (".run.json", errno.ENOSPC)])
+def test_a_training_that_cannot_be_written_down_is_told_and_does_not_run(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    def refused(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *given: Any, **named: Any) -> Any:
+            if path.name == name:
+                raise OSError(number, os.strerror(number))
+            return method(path, *given, **named)
+
+        return call
+
+    panel.parameters.folders = [str(tmp_path)]
+    panel.ui.runFolderEdit.currentPath = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        for method in ("open", "write_text"):
+            patch.setattr(Path, method, refused(getattr(Path, method)))
+        panel.ui.startButton.click()
+    assert f"({os.strerror(number)}); make room, or choose a folder that can be written" in dialogs.errors[0]
+    assert panel.ui.runSelector.count == 0 and {path.name for path in (tmp_path / "run").iterdir()} <= {"run.log"}
+    commands = started(panel, monkeypatch, tmp_path / "run")
+    panel.ui.startButton.click()
+    assert len(commands) == len(dialogs.errors) == 1
 
 
 def test_files_of_a_data_set_are_not_cleared_away(
