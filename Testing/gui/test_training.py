@@ -17,7 +17,7 @@ import qt
 import slicer
 import slicer.util
 from harness.application import settle
-from m4oe.files import write_volume
+from m4oe.files import read_volume, write_volume
 from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
@@ -79,10 +79,10 @@ def panel(open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> 
         widget._view.run.enforce(0)
 
 
-def choose(panel: Any, data: Path, run: Path, length: float = 0.01) -> None:
+def choose(panel: Any, data: Path, run: Path, length: float = 0.01, labels: str = "1=liver,2=spleen") -> None:
     """Adds the data and chooses a miniature training."""
     ui = panel.ui
-    ui.labelsEdit.text = "1=liver,2=spleen"
+    ui.labelsEdit.text = labels
     ui.dataFolderEdit.currentPath = str(data)
     ui.addFolderButton.click()
     ui.runFolderEdit.currentPath = str(run)
@@ -97,6 +97,17 @@ def pick(selector: Any, text: str) -> None:
     assert number >= 0, f"no {text} among {[selector.itemText(n) for n in range(selector.count)]}"
     selector.currentIndex = number
     selector.activated.emit(number)
+
+
+def segmented(segmentation: Any, volume: Volume) -> str:
+    """Segments a volume in the other panel with the model of the training; the name of the result."""
+    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name="CT")
+    pick(segmentation.ui.modelSelector, "mine 1")
+    segmentation.ui.inputSelector.setCurrentNode(node)
+    segmentation.ui.applyButton.click()
+    settle(lambda: segmentation.runs.run is None)
+    assert segmentation.ui.resultLabel.text.partition(": ")[2].startswith("mine ")
+    return str(segmentation.parameters.result.GetName())
 
 
 def state(panel: Any, *wanted: str) -> Callable[[], bool]:
@@ -133,15 +144,27 @@ def test_a_training_is_started_paused_resumed_finished_and_used(
     assert f"M4oE Segmentation offers the model: {path}" in ui.statusLabel.text
     ui.useModelButton.click()  # once more harms nothing
     assert dialogs.errors == [] and path.read_bytes() == (run / "model.safetensors").read_bytes()
-    image, _ = a_case(2)
-    volume = slicer.util.addVolumeFromArray(image.array, ijkToRAS=AFFINE, name="CT")
-    segmentation = open_panel("M4oESegmentation")
-    pick(segmentation.ui.modelSelector, "mine 1")
-    segmentation.ui.inputSelector.setCurrentNode(volume)
-    segmentation.ui.applyButton.click()
-    settle(lambda: segmentation.runs.run is None)
-    assert dialogs.errors == [] and segmentation.parameters.result.GetName().startswith("CT")
-    assert segmentation.ui.resultLabel.text.partition(": ")[2].startswith("mine ")
+    assert segmented(open_panel("M4oESegmentation"), a_case(2)[0]).startswith("CT") and dialogs.errors == []
+
+
+def test_a_model_of_a_real_ct_segments_it(
+    panel: Any, tmp_path: Path, dialogs: Any, open_panel: Callable[[str], Any], shared_data: Path
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for case in ("a0", "a1", "a2"):
+        for end in ("", "_label"):
+            source = shared_data / "ct" / f"ts_ct_3mm_small{end and '_label_flare13'}.nii.gz"
+            shutil.copyfile(source, data / f"{case}{end}.nii.gz")
+    (data / "cases.csv").write_text("case,split\na0,train\na1,val\na2,test", encoding="utf-8")
+    choose(panel, data, run, 0.001, "1=liver,3=spleen,2=-,4-13=-")
+    panel.ui.startButton.click()
+    settle(state(panel, "finished", "failed"), 600)
+    assert panel.ui.statusLabel.text.startswith("Finished"), panel.ui.statusLabel.text
+    spec = read_spec(run / "model.safetensors")
+    assert spec.structures == ("liver", "spleen") and spec.expert_names == ("ct",)
+    volume = read_volume(data / "a2.nii.gz")
+    assert segmented(open_panel("M4oESegmentation"), volume).startswith("CT") and dialogs.errors == []
 
 
 def test_data_are_checked_in_the_background(panel: Any, data: Path) -> None:
