@@ -394,6 +394,20 @@ def test_the_device_stays_with_the_machine(panel: Any, open_panel: Callable[[str
     assert open_panel("M4oETraining").ui.deviceSelector.currentData == "cpu"
 
 
+def test_devices_have_names_and_free_memory_when_they_were_asked_for(panel: Any, dialogs: Any) -> None:
+    box = panel.ui.deviceSelector
+    assert [box.itemText(n) for n in range(box.count)] == ["Automatic", "cuda", "mps", "cpu"]
+    pick(box, "cpu")
+    panel.ui.refreshDevicesButton.click()
+    panel.onTimer()
+    assert not panel.ui.refreshDevicesButton.enabled
+    settle(lambda: not panel._devices.busy)
+    assert dialogs.errors == [] and box.currentData == "cpu"
+    assert box.currentText.startswith("CPU, ") and box.currentText.endswith("GB free")
+    panel.onTimer()
+    assert panel.ui.refreshDevicesButton.enabled
+
+
 def test_a_settings_list_of_runs_that_is_damaged_is_none(panel: Any) -> None:
     from M4oETrainingLib import Runs
 
