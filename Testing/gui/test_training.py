@@ -280,6 +280,42 @@ def test_an_expert_is_added_to_an_installed_model(
     assert len(dialogs.errors) == 1 and ui.baseModelSelector.findText("mine") > 0
 
 
+def show_finished(panel: Any, run: Path, model: Path) -> None:
+    """Shows a run that finished while nobody looked, with this model."""
+    run.mkdir()
+    shutil.move(model, run / "model.safetensors")
+    (run / "run.json").write_text('{"command": ["m4oe"], "pid": 0, "birth": ""}', encoding="utf-8")
+    (run / "events.jsonl").write_text('{"event": "finished"}\n', encoding="utf-8")
+    qt.QSettings().setValue("M4oE/runs", json.dumps([str(run)]))
+    panel.enter()
+
+
+def test_a_model_that_was_finished_before_is_offered_when_the_user_wants(
+    installed_model: Path, panel: Any, tmp_path: Path, dialogs: Any
+) -> None:
+    show_finished(panel, tmp_path / "run", installed_model)
+    assert panel.ui.statusLabel.text == "Finished" and not installed_model.exists()
+    panel.ui.useModelButton.click()
+    assert panel.ui.statusLabel.text == f"M4oE Segmentation offers the model: {installed_model}"
+    assert dialogs.errors == [] and read_spec(installed_model).name == "tiny"
+
+
+def test_a_finished_model_does_not_take_the_place_of_another_of_its_name(
+    installed_model: Path, panel: Any, tmp_path: Path, dialogs: Any
+) -> None:
+    show_finished(panel, tmp_path / "run", installed_model)
+    installed_model.write_bytes(b"another model")
+    panel._view.state = "running"
+    panel.onTimer()
+    told = f"{installed_model} is there already. Rename the file, or remove the old one first."
+    assert panel.ui.statusLabel.text == f"Finished\nM4oE Segmentation did not get the model: {told}"
+    panel.ui.useModelButton.click()
+    assert told in dialogs.errors[0] and installed_model.read_bytes() == b"another model"
+    installed_model.unlink()
+    panel.ui.useModelButton.click()
+    assert len(dialogs.errors) == 1 and read_spec(installed_model).name == "tiny"
+
+
 def test_synthetic_images_are_shown_before_validation_is(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
     run = tmp_path / "run"
     choose(panel, data, run, 1)
