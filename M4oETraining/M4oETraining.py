@@ -95,6 +95,10 @@ class M4oETrainingWidget(Panel):
 
     # ---- choices
 
+    def onParametersModified(self, caller: Any, event: str) -> None:
+        self._estimate.forget()
+        Panel.onParametersModified(self, caller, event)
+
     def makeParameters(self, node: Any) -> Any:
         from M4oETrainingLib.Parameters import Parameters
 

@@ -330,6 +330,17 @@ def test_an_estimate_that_failed_is_told_and_over(panel: Any, dialogs: Dialogs) 
     assert "no room" in dialogs.errors[0] and panel.ui.estimateLabel.text == ""
 
 
+def test_an_estimate_goes_when_the_choices_change(panel: Any) -> None:
+    panel._command = lambda *more: [sys.executable, "-c", 'print(\'{"seconds": 1, "memory_mib": 1, "gpu_mib": 0}\')']
+    panel.ui.estimateButton.click()
+    panel.ui.nameEdit.text = "mine"
+    assert panel.ui.estimateLabel.text.startswith("Prepares the cases")
+    settle(lambda: panel.onTimer() or not panel._estimate.busy)
+    assert panel.ui.estimateLabel.text.startswith("It takes")
+    panel.ui.lengthSpinBox.value = 3
+    assert panel.ui.estimateLabel.text == ""
+
+
 def test_an_evaluation_is_not_mixed_with_an_earlier_one(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
     (tmp_path / "segmentations").mkdir()
     ui = panel.ui
