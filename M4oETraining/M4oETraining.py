@@ -54,19 +54,17 @@ class M4oETrainingWidget(Panel):
     period = 500
 
     def build(self) -> None:
-        from M4oESegmentationLib import Worker
         from M4oETrainingLib.Curves import Layout
         from M4oETrainingLib.Data import DataSection
+        from M4oETrainingLib.Devices import DeviceSection
         from M4oETrainingLib.Estimate import EstimateSection
         from M4oETrainingLib.Evaluation import EvaluationSection
 
         ui, self.logic, self._view, self._plotLayout = self.ui, M4oETrainingLogic(), None, Layout()
         self._data = DataSection(ui, lambda: self.parameters)
+        self._devices = DeviceSection(ui)
         self._estimate = EstimateSection(ui, lambda: self._command("--estimate"))
         self._evaluation = EvaluationSection(ui, lambda: self.parameters.labels.strip(), self._plotLayout)
-        for name in ("auto", "cuda", "mps", "cpu"):
-            ui.deviceSelector.addItem(_("Automatic") if name == "auto" else name, name)
-        ui.deviceSelector.currentIndex = max(0, ui.deviceSelector.findData(Worker.setting("trainingDevice", "auto")))
         ui.plotSelector.addItem(_("Loss"), "loss")
         ui.plotSelector.addItem(_("Dice per structure"), "dice")
         ui.baseModelSelector.connect("activated(int)", self.onBaseModel)
@@ -79,14 +77,13 @@ class M4oETrainingWidget(Panel):
         ui.forgetButton.connect("clicked()", self.onForget)
         ui.plotButton.connect("toggled(bool)", self.onPlot)
         ui.plotSelector.connect("activated(int)", self.onPlot)
-        ui.deviceSelector.connect("activated(int)", self.onDevice)
         ui.reportButton.connect("clicked()", self.onReport)
         ui.useModelButton.connect("clicked()", self.onUseModel)
         self._timer.start()
 
     def stop(self) -> None:
         """Ends all but the trainings: they go on."""
-        for running in (self._data, self._estimate, self._evaluation):
+        for running in (self._data, self._devices, self._estimate, self._evaluation):
             running.stop()
         if self._view is not None:
             self._view.close()
@@ -97,6 +94,10 @@ class M4oETrainingWidget(Panel):
         Panel.onSceneEndClose(self, caller, event)
 
     # ---- choices
+
+    def onParametersModified(self, caller: Any, event: str) -> None:
+        self._estimate.forget()
+        Panel.onParametersModified(self, caller, event)
 
     def makeParameters(self, node: Any) -> Any:
         from M4oETrainingLib.Parameters import Parameters
@@ -134,11 +135,6 @@ class M4oETrainingWidget(Panel):
     def onRunFolder(self, path: str) -> None:
         if self.parameters is not None:
             self.parameters.runFolder = path
-
-    def onDevice(self, index: int = 0) -> None:
-        from M4oESegmentationLib import Worker
-
-        Worker.setSetting("trainingDevice", self.ui.deviceSelector.currentData)
 
     def _showModels(self) -> None:
         """Fills the boxes with the installed models, and the run's own to score."""
@@ -251,6 +247,7 @@ class M4oETrainingWidget(Panel):
             return
         if self._data.poll():
             self.showState()
+        self._devices.poll()
         self._estimate.poll()
         self._evaluation.poll()
         if self._view is not None and self._view.poll():

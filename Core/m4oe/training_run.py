@@ -20,6 +20,7 @@ from typing import Any
 
 PAUSE = "pause"  # the file that a run looks for between two steps
 EVENTS = "events.jsonl"
+ERROR = "m4oe: error: "  # begins the line in which a run says why it fails
 ACTIVE = ("running", "pausing", "stopping")  # states of a run that has a process
 PATIENCE = 60.0  # seconds in which a run has to obey
 _FACTS, _LOG = "run.json", "run.log"
@@ -94,8 +95,8 @@ class Run:
             raise RuntimeError(
                 f"the run in {self.folder} is {self.state()}; only a running one can be paused or stopped"
             )
-        (self.folder / PAUSE).touch()
         _write(self.folder, replace(self._facts(), wish=wish, asked=time.time()))
+        (self.folder / PAUSE).touch()
 
     def stop(self) -> None:
         """Asks it to end, as `pause` does; what it has learned stays.
@@ -132,14 +133,14 @@ class Run:
         return [event for event in map(_event, whole.splitlines()) if event], offset + len(whole)
 
     def last_words(self) -> str:
-        """The end of what it said since it was last started, without its events."""
+        """The end of what it said since it was last started, without its events; an error begins with `ERROR`."""
         try:
             with (self.folder / _LOG).open("rb") as file:
                 file.seek(max(self._facts().logged, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 lines = file.read().decode("utf-8", "replace").splitlines()
         except OSError:
             return ""
-        said = [line.removeprefix("m4oe: error: ") for line in lines if line.strip() and not line.startswith("{")]
+        said = [line for line in lines if line.strip() and not line.startswith("{")]
         return "\n".join(said[-_TAIL_LINES:])
 
     def _facts(self) -> _Facts:
@@ -209,7 +210,7 @@ def start_run(folder: Path | str, command: Sequence[str], environment: Mapping[s
     Raises:
         RuntimeError: The folder's run is running.
         ValueError: There is no such command, or the folder holds something else.
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written; nothing runs.
     """
     folder = Path(folder)
     if (folder / _FACTS).exists() and Run(folder).state() in ACTIVE:
@@ -221,11 +222,16 @@ def start_run(folder: Path | str, command: Sequence[str], environment: Mapping[s
         log = (folder / _LOG).open("ab")
         logged = log.tell()
     except OSError as error:
-        raise OSError(f"cannot write into {folder} ({error.strerror}); choose a folder that can be written") from error
+        raise _cannot_write(folder, error) from error
     with log:
         process = _detached(command, {**(os.environ if environment is None else environment)}, log)
     _children.append(process)
-    _write(folder, _Facts(tuple(command), process.pid, process_birth(process.pid), logged=logged))
+    try:
+        _write(folder, _Facts(tuple(command), process.pid, process_birth(process.pid), logged=logged))
+    except OSError:
+        _kill_tree(process.pid)  # a run without its record would go on where nobody finds it
+        process.wait()
+        raise
     return Run(folder)
 
 
@@ -298,10 +304,23 @@ def _kill_tree(pid: int) -> None:
 
 
 def _write(folder: Path, facts: _Facts) -> None:
-    """Replaces run.json as a whole."""
+    """Replaces run.json as a whole.
+
+    Raises:
+        OSError: It cannot be written; the old one is as it was.
+    """
     new = folder / f".{_FACTS}"
-    new.write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
-    new.replace(folder / _FACTS)
+    try:
+        new.write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
+        new.replace(folder / _FACTS)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> OSError:
+    return OSError(f"cannot write into {folder} ({error.strerror}); make room, or choose a folder that can be written")
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

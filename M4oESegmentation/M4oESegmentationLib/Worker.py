@@ -102,6 +102,18 @@ def newClient() -> Client:
     return Client(command("worker"), environment())
 
 
+def showDevices(selector: Any, devices: Sequence[Any], chosen: str) -> None:
+    """Fills a box with the devices and their free memory; the chosen one is there in any case."""
+    selector.clear()
+    selector.addItem(_("Automatic"), "auto")
+    for device in devices:
+        text = _("{name}, {free:.1f} GB free").format(name=device.description, free=device.free_mib / 1024)
+        selector.addItem(text, device.name)
+    if selector.findData(chosen) < 0:
+        selector.addItem(chosen, chosen)
+    selector.currentIndex = selector.findData(chosen)
+
+
 class WorkerSection:
     """The panel's part for the worker: where it runs, and on which device."""
 
@@ -160,12 +172,4 @@ class WorkerSection:
             self._changed()
 
     def _showDevices(self, devices: Sequence[Any]) -> None:
-        selector, chosen = self._ui.deviceSelector, setting("device", "auto")
-        selector.clear()
-        selector.addItem(_("Automatic"), "auto")
-        for device in devices:
-            text = _("{name}, {free:.1f} GB free").format(name=device.description, free=device.free_mib / 1024)
-            selector.addItem(text, device.name)
-        if selector.findData(chosen) < 0:
-            selector.addItem(chosen, chosen)
-        selector.currentIndex = selector.findData(chosen)
+        showDevices(self._ui.deviceSelector, devices, setting("device", "auto"))

@@ -41,6 +41,11 @@ class EstimateSection:
             self.process.stop()
         self._show(None, "")
 
+    def forget(self) -> None:
+        """Takes away what was found for other choices."""
+        if not self.busy:
+            self._ui.estimateLabel.text = ""
+
     def _toggle(self) -> None:
         if self.busy:
             self.stop()

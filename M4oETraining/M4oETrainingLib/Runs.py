@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import filecmp
 import json
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from m4oe.training_run import ACTIVE, EVENTS, Run, check_folder
+from m4oe.training_run import ACTIVE, ERROR, EVENTS, Run, check_folder
 from M4oESegmentationLib import Models, Worker
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
@@ -15,6 +17,7 @@ from slicer.i18n import tr as _
 from . import Data
 
 _CHECKPOINT = "checkpoint.safetensors"
+_PROBE = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('torch') else 3)"
 _PREPARED = ("plan.json", "config.json", "data.sha256", EVENTS)  # by an attempt or an estimate, of its choices
 
 
@@ -63,10 +66,11 @@ def _isRun(folder: str) -> bool:
 def stateLabel(run: Run, state: str) -> str:
     """The state for people."""
     if state == "failed":
-        words = run.last_words().removeprefix("m4oe: error: ") or _("it was ended from outside")
-        text = _("Failed: {words}").format(words=words)
+        said, error, why = run.last_words().partition(ERROR)
+        text = _("Failed: {why}").format(why=why or _("it was ended from outside, or crashed"))
+        text += "\n" + _("It said last: {said}").format(said=said.strip()) if said and not error else ""
         if hasBegun(run.folder):
-            return text
+            return f"{text}\n" + _("Resume goes on from its last checkpoint.")
         return f"{text}\n" + _(
             "If choices in this panel were wrong, mend them and press Start, with the same folder; "
             "Resume repeats the training with its old choices."
@@ -113,7 +117,7 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
     """The command of a training with these choices.
 
     Raises:
-        ValueError: A choice is missing or does not fit.
+        ValueError: A choice is missing or does not fit, or the Python that trains has no PyTorch.
     """
     folder = parameters.runFolder
     if folder in ("", "."):  # a dot is what older scenes hold
@@ -130,7 +134,31 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
     else:
         words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
         words += ["--synthesise"] if parameters.synthesise else []
-    return Worker.localCommand(*words, *more)
+    whole = Worker.localCommand(*words, *more)
+    _checkTorch()
+    return whole
+
+
+def _checkTorch() -> None:
+    with suppress(OSError, subprocess.TimeoutExpired):  # a Python that does not even start is told by its start
+        found = subprocess.run(
+            [Worker.python(), "-c", _PROBE],
+            env=Worker.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=20,
+            check=False,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+        if found.returncode == 3:
+            raise ValueError(
+                _("Slicer's Python has no PyTorch. Press Install in M4oE Segmentation, Installation and doctor.")
+                if Worker.place() == Worker.SLICER
+                else _(
+                    "{python} has no PyTorch. Install it there (python -m pip install torch), or choose another Python "
+                    "in M4oE Segmentation, Advanced."
+                ).format(python=Worker.python())
+            )
 
 
 def offer(model: Path) -> str:

@@ -7,8 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import pytest
 from m4oe.training_run import EVENTS, PAUSE, Progress, Run, process_birth, start_run
 
@@ -87,10 +89,10 @@ def test_a_run_that_does_not_obey_is_killed(tmp_path: Path) -> None:
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     run = start(tmp_path, 1, "fails")
     assert ended(run) == "failed"
-    assert run.last_words() == "begins\nthe disk is full"
+    assert run.last_words() == "begins\nm4oe: error: the disk is full"
     start_run(run.folder, run.command)
     ended(run)
-    assert run.last_words() == "begins\nthe disk is full"  # once, although it failed twice
+    assert run.last_words() == "begins\nm4oe: error: the disk is full"  # once, although it failed twice
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
@@ -161,6 +163,31 @@ def test_what_cannot_be_started_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="can be written"):
         start_run(tmp_path / "file" / "run", [sys.executable])
+
+
+def test_without_room_for_its_record_nothing_runs(
+    tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path), "a" * 1000]
+    with full_disk(), pytest.raises(OSError, match="cannot write into .*; make room"):
+        start_run(tmp_path, command)
+    assert [child for child in psutil.Process().children() if str(tmp_path) in child.cmdline()] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run.log"]
+    start_run(tmp_path, command).stop()
+    Run(tmp_path).enforce(0)
+
+
+def test_a_wish_without_room_for_it_changes_nothing(
+    tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
+    run = start(tmp_path, 10_000, "a" * 1000)
+    before = (tmp_path / "run.json").read_bytes()
+    with full_disk(), pytest.raises(OSError, match="cannot write into .*; make room"):
+        run.pause()
+    assert run.state() == "running" and (tmp_path / "run.json").read_bytes() == before
+    assert not (tmp_path / PAUSE).exists() and not (tmp_path / ".run.json").exists()
+    run.stop()
+    run.enforce(0)
 
 
 def test_time_left_is_that_of_the_steps_left_at_the_pace_of_the_stage() -> None:

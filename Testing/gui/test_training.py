@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import qt
 import slicer
 import slicer.util
 from harness.application import settle
-from m4oe.files import write_volume
+from m4oe.files import read_volume, write_volume
 from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
@@ -77,10 +79,10 @@ def panel(open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> 
         widget._view.run.enforce(0)
 
 
-def choose(panel: Any, data: Path, run: Path, length: float = 0.01) -> None:
+def choose(panel: Any, data: Path, run: Path, length: float = 0.01, labels: str = "1=liver,2=spleen") -> None:
     """Adds the data and chooses a miniature training."""
     ui = panel.ui
-    ui.labelsEdit.text = "1=liver,2=spleen"
+    ui.labelsEdit.text = labels
     ui.dataFolderEdit.currentPath = str(data)
     ui.addFolderButton.click()
     ui.runFolderEdit.currentPath = str(run)
@@ -95,6 +97,17 @@ def pick(selector: Any, text: str) -> None:
     assert number >= 0, f"no {text} among {[selector.itemText(n) for n in range(selector.count)]}"
     selector.currentIndex = number
     selector.activated.emit(number)
+
+
+def segmented(segmentation: Any, volume: Volume) -> str:
+    """Segments a volume in the other panel with the model of the training; the name of the result."""
+    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name="CT")
+    pick(segmentation.ui.modelSelector, "mine 1")
+    segmentation.ui.inputSelector.setCurrentNode(node)
+    segmentation.ui.applyButton.click()
+    settle(lambda: segmentation.runs.run is None)
+    assert segmentation.ui.resultLabel.text.partition(": ")[2].startswith("mine ")
+    return str(segmentation.parameters.result.GetName())
 
 
 def state(panel: Any, *wanted: str) -> Callable[[], bool]:
@@ -131,15 +144,27 @@ def test_a_training_is_started_paused_resumed_finished_and_used(
     assert f"M4oE Segmentation offers the model: {path}" in ui.statusLabel.text
     ui.useModelButton.click()  # once more harms nothing
     assert dialogs.errors == [] and path.read_bytes() == (run / "model.safetensors").read_bytes()
-    image, _ = a_case(2)
-    volume = slicer.util.addVolumeFromArray(image.array, ijkToRAS=AFFINE, name="CT")
-    segmentation = open_panel("M4oESegmentation")
-    pick(segmentation.ui.modelSelector, "mine 1")
-    segmentation.ui.inputSelector.setCurrentNode(volume)
-    segmentation.ui.applyButton.click()
-    settle(lambda: segmentation.runs.run is None)
-    assert dialogs.errors == [] and segmentation.parameters.result.GetName().startswith("CT")
-    assert segmentation.ui.resultLabel.text.partition(": ")[2].startswith("mine ")
+    assert segmented(open_panel("M4oESegmentation"), a_case(2)[0]).startswith("CT") and dialogs.errors == []
+
+
+def test_a_model_of_a_real_ct_segments_it(
+    panel: Any, tmp_path: Path, dialogs: Any, open_panel: Callable[[str], Any], shared_data: Path
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for case in ("a0", "a1", "a2"):
+        for end in ("", "_label"):
+            source = shared_data / "ct" / f"ts_ct_3mm_small{end and '_label_flare13'}.nii.gz"
+            shutil.copyfile(source, data / f"{case}{end}.nii.gz")
+    (data / "cases.csv").write_text("case,split\na0,train\na1,val\na2,test", encoding="utf-8")
+    choose(panel, data, run, 0.001, "1=liver,3=spleen,2=-,4-13=-")
+    panel.ui.startButton.click()
+    settle(state(panel, "finished", "failed"), 600)
+    assert panel.ui.statusLabel.text.startswith("Finished"), panel.ui.statusLabel.text
+    spec = read_spec(run / "model.safetensors")
+    assert spec.structures == ("liver", "spleen") and spec.expert_names == ("ct",)
+    volume = read_volume(data / "a2.nii.gz")
+    assert segmented(open_panel("M4oESegmentation"), volume).startswith("CT") and dialogs.errors == []
 
 
 def test_data_are_checked_in_the_background(panel: Any, data: Path) -> None:
@@ -196,6 +221,42 @@ def test_a_run_goes_on_when_the_scene_is_closed_and_is_found_again(
     assert second.ui.runSelector.count == 0 and (run / "checkpoint.safetensors").exists()
 
 
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint(panel: Any, data: Path, tmp_path: Path) -> None:
+    ui, run = panel.ui, tmp_path / "run"
+    choose(panel, data, run, 0.1)
+    ui.startButton.click()
+    settle((run / "checkpoint.safetensors").exists, 600)
+    os.kill(json.loads((run / "run.json").read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
+    settle(state(panel, "failed", "finished"), 600)
+    assert ui.statusLabel.text.startswith("Failed: it was ended from outside, or crashed\nIt said last: ")
+    assert ui.statusLabel.text.endswith("Resume goes on from its last checkpoint.")
+    ui.resumeButton.click()
+    settle(state(panel, "running"))
+    settle(state(panel, "finished", "failed"), 600)
+    assert ui.statusLabel.text.startswith("Finished") and (run / "model.safetensors").exists()
+    resumed = [event for event in panel._view.run.events_since()[0] if event["event"] == "resumed"]
+    assert len(resumed) == 1 and resumed[0]["stage"] + resumed[0]["step"] > 0
+
+
+def test_a_training_without_room_for_its_files_goes_on_when_there_is(
+    panel: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui, run, python = panel.ui, tmp_path / "run", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nulimit -f 200\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    python.chmod(0o700)
+    monkeypatch.setattr("shutil.which", lambda name: str(python))
+    choose(panel, data, run)
+    ui.startButton.click()
+    settle(state(panel, "failed", "finished"), 600)
+    assert ui.statusLabel.text.startswith(f"Failed: cannot write {run}")
+    assert "; make room and start again" in ui.statusLabel.text and list(run.glob("*.safetensors")) == []
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    ui.resumeButton.click()
+    settle(state(panel, "running"))
+    settle(state(panel, "finished", "failed"), 600)
+    assert ui.statusLabel.text.startswith("Finished")
+
+
 def test_an_expert_is_added_to_an_installed_model(
     installed_model: Path, panel: Any, tmp_path: Path, dialogs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +278,42 @@ def test_an_expert_is_added_to_an_installed_model(
     assert "Training of mine" in Path(opened[0].toLocalFile()).read_text(encoding="utf-8")
     ui.useModelButton.click()
     assert len(dialogs.errors) == 1 and ui.baseModelSelector.findText("mine") > 0
+
+
+def show_finished(panel: Any, run: Path, model: Path) -> None:
+    """Shows a run that finished while nobody looked, with this model."""
+    run.mkdir()
+    shutil.move(model, run / "model.safetensors")
+    (run / "run.json").write_text('{"command": ["m4oe"], "pid": 0, "birth": ""}', encoding="utf-8")
+    (run / "events.jsonl").write_text('{"event": "finished"}\n', encoding="utf-8")
+    qt.QSettings().setValue("M4oE/runs", json.dumps([str(run)]))
+    panel.enter()
+
+
+def test_a_model_that_was_finished_before_is_offered_when_the_user_wants(
+    installed_model: Path, panel: Any, tmp_path: Path, dialogs: Any
+) -> None:
+    show_finished(panel, tmp_path / "run", installed_model)
+    assert panel.ui.statusLabel.text == "Finished" and not installed_model.exists()
+    panel.ui.useModelButton.click()
+    assert panel.ui.statusLabel.text == f"M4oE Segmentation offers the model: {installed_model}"
+    assert dialogs.errors == [] and read_spec(installed_model).name == "tiny"
+
+
+def test_a_finished_model_does_not_take_the_place_of_another_of_its_name(
+    installed_model: Path, panel: Any, tmp_path: Path, dialogs: Any
+) -> None:
+    show_finished(panel, tmp_path / "run", installed_model)
+    installed_model.write_bytes(b"another model")
+    panel._view.state = "running"
+    panel.onTimer()
+    told = f"{installed_model} is there already. Rename the file, or remove the old one first."
+    assert panel.ui.statusLabel.text == f"Finished\nM4oE Segmentation did not get the model: {told}"
+    panel.ui.useModelButton.click()
+    assert told in dialogs.errors[0] and installed_model.read_bytes() == b"another model"
+    installed_model.unlink()
+    panel.ui.useModelButton.click()
+    assert len(dialogs.errors) == 1 and read_spec(installed_model).name == "tiny"
 
 
 def test_synthetic_images_are_shown_before_validation_is(panel: Any, data: Path, tmp_path: Path, dialogs: Any) -> None:
@@ -331,6 +428,20 @@ def test_the_device_stays_with_the_machine(panel: Any, open_panel: Callable[[str
     pick(panel.ui.deviceSelector, "cpu")
     slicer.mrmlScene.Clear(False)
     assert open_panel("M4oETraining").ui.deviceSelector.currentData == "cpu"
+
+
+def test_devices_have_names_and_free_memory_when_they_were_asked_for(panel: Any, dialogs: Any) -> None:
+    box = panel.ui.deviceSelector
+    assert [box.itemText(n) for n in range(box.count)] == ["Automatic", "cuda", "mps", "cpu"]
+    pick(box, "cpu")
+    panel.ui.refreshDevicesButton.click()
+    panel.onTimer()
+    assert not panel.ui.refreshDevicesButton.enabled
+    settle(lambda: not panel._devices.busy)
+    assert dialogs.errors == [] and box.currentData == "cpu"
+    assert box.currentText.startswith("CPU, ") and box.currentText.endswith("GB free")
+    panel.onTimer()
+    assert panel.ui.refreshDevicesButton.enabled
 
 
 def test_a_settings_list_of_runs_that_is_damaged_is_none(panel: Any) -> None:

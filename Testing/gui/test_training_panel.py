@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -328,6 +330,17 @@ def test_an_estimate_that_failed_is_told_and_over(panel: Any, dialogs: Dialogs) 
     assert "no room" in dialogs.errors[0] and panel.ui.estimateLabel.text == ""
 
 
+def test_an_estimate_goes_when_the_choices_change(panel: Any) -> None:
+    panel._command = lambda *more: [sys.executable, "-c", 'print(\'{"seconds": 1, "memory_mib": 1, "gpu_mib": 0}\')']
+    panel.ui.estimateButton.click()
+    panel.ui.nameEdit.text = "mine"
+    assert panel.ui.estimateLabel.text.startswith("Prepares the cases")
+    settle(lambda: panel.onTimer() or not panel._estimate.busy)
+    assert panel.ui.estimateLabel.text.startswith("It takes")
+    panel.ui.lengthSpinBox.value = 3
+    assert panel.ui.estimateLabel.text == ""
+
+
 def test_an_evaluation_is_not_mixed_with_an_earlier_one(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
     (tmp_path / "segmentations").mkdir()
     ui = panel.ui
@@ -461,6 +474,53 @@ def test_a_training_that_has_begun_keeps_its_choices(
     assert "press Start" not in panel.ui.statusLabel.text
     panel.ui.resumeButton.click()
     assert commands == [["m4oe"]]
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("slicer", "Slicer's Python has no PyTorch. Press Install in M4oE Segmentation"),
+        ("python", "bare has no PyTorch. Install it there (python -m pip install torch), or choose another Python"),
+    ],
+)
+def test_without_pytorch_a_start_says_how_to_get_it_and_leaves_no_folder(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch, place: str, told: str
+) -> None:
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n', encoding="utf-8")  # without site-packages
+    bare.chmod(0o700)
+    monkeypatch.setattr("shutil.which", lambda name: str(bare))
+    qt.QSettings().setValue("M4oE/worker", place)
+    qt.QSettings().setValue("M4oE/python", str(bare))
+    commands = started(panel, monkeypatch, tmp_path / "run")
+    panel.ui.startButton.click()
+    assert told in dialogs.errors[0] and commands == []
+    assert not (tmp_path / "run").exists() and panel.ui.runSelector.count == 0
+
+
+@pytest.mark.parametrize(("name", "number"), [("run.log", errno.EROFS), (".run.json", errno.ENOSPC)])
+def test_a_training_that_cannot_be_written_down_is_told_and_does_not_run(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    def refused(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *given: Any, **named: Any) -> Any:
+            if path.name == name:
+                raise OSError(number, os.strerror(number))
+            return method(path, *given, **named)
+
+        return call
+
+    panel.parameters.folders = [str(tmp_path)]
+    panel.ui.runFolderEdit.currentPath = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        for method in ("open", "write_text"):
+            patch.setattr(Path, method, refused(getattr(Path, method)))
+        panel.ui.startButton.click()
+    assert f"({os.strerror(number)}); make room, or choose a folder that can be written" in dialogs.errors[0]
+    assert panel.ui.runSelector.count == 0 and {path.name for path in (tmp_path / "run").iterdir()} <= {"run.log"}
+    commands = started(panel, monkeypatch, tmp_path / "run")
+    panel.ui.startButton.click()
+    assert len(commands) == len(dialogs.errors) == 1
 
 
 def test_files_of_a_data_set_are_not_cleared_away(
