@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +206,8 @@ def test_one_file_stands_for_its_series_among_others(segment: Segment, tmp_path:
 
 
 def test_dicom_seg_holds_the_same_voxels_names_and_codes(segment: Segment, tmp_path: Path) -> None:
-    highdicom = pytest.importorskip("highdicom")
+    import highdicom
+
     source = a_series(tmp_path / "scan")
     assert segment(source.parent) == 0 and segment(source.parent, "--format", "dcm") == 0
     expected = read_volume(tmp_path / "out" / "scan.seg.nrrd").array
@@ -228,6 +230,15 @@ def test_dicom_seg_holds_the_same_voxels_names_and_codes(segment: Segment, tmp_p
 
 
 def test_dicom_seg_needs_dicom(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("highdicom")
     assert segment(saved(tmp_path / "CT.mha"), "--format", "dcm") == 1
     assert "CT.mha is not DICOM" in capsys.readouterr().err
+
+
+def test_dicom_seg_without_highdicom_says_what_to_install_before_any_case(
+    segment: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    assert segment(saved(tmp_path / "CT.mha"), "--format", "dcm") == 2
+    said = capsys.readouterr().err
+    assert "needs the package highdicom" in said and f"{sys.executable} -m pip install highdicom" in said
+    assert not (tmp_path / "out").exists()
