@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import nrrd
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
@@ -529,6 +528,8 @@ def _present(labels: Volume, structures: Mapping[int, str]) -> dict[int, Structu
 
 
 def _write_seg_nrrd(path: Path, labels: Volume, present: Mapping[int, Structure], source: str) -> None:
+    import nrrd
+
     affine = LPS @ labels.grid.affine
     extent = " ".join(f"0 {size - 1}" for size in labels.grid.shape[::-1])
     header: dict[str, Any] = {

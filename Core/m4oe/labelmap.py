@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nrrd
 import numpy as np
 from numpy.typing import NDArray
 
@@ -161,11 +160,13 @@ def _segments(path: Path) -> dict[int, _Segment] | None:
 
 def _nrrd_segments(path: Path) -> dict[int, _Segment]:
     """The segments by label value, or numbered from 1 where several layers use the same values."""
+    import nrrd
+
     try:
         header = nrrd.read_header(str(path))
         numbers = sorted(int(found[1]) for field in header if (found := re.fullmatch(r"Segment(\d+)_ID", field)))
         segments = [_segment(header, number) for number in numbers]
-    except (nrrd.NRRDError, ValueError) as error:
+    except (nrrd.NRRDError, ValueError, StopIteration) as error:  # the last of an empty file
         raise ValueError(f"Cannot read {path}: it is damaged, incomplete or not what its name says.") from error
     return {number if _is_layered(segments) else entry.value: entry for number, entry in enumerate(segments, start=1)}
 
@@ -225,6 +226,8 @@ def _whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
 
 def _merged(path: Path, segments: Mapping[int, _Segment]) -> Volume:
     """One map of all segments that are structures; the layers are the fastest axis of the file."""
+    import nrrd
+
     try:
         array, header = nrrd.read(str(path), index_order="C")
     except (nrrd.NRRDError, ValueError, EOFError, zlib.error) as error:

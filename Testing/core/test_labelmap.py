@@ -238,9 +238,10 @@ def test_the_values_are_those_of_numpy() -> None:
     assert label_values(np.zeros((1, 2, 3), np.uint8)) == []
 
 
-@pytest.mark.parametrize("name", ["none.seg.nrrd", "bad.seg.nrrd", "cut.seg.nrrd"])
+@pytest.mark.parametrize("name", ["none.seg.nrrd", "bad.seg.nrrd", "cut.seg.nrrd", "empty.seg.nrrd"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "bad.seg.nrrd").write_text("Dear colleague")
+    (tmp_path / "bad.seg.nrrd").write_text("Dear colleague", encoding="utf-8")
+    (tmp_path / "empty.seg.nrrd").touch()
     layers = np.random.default_rng(0).integers(0, 2, (9, 9, 9, 2)).astype(np.uint8)
     cut = slicer_file(tmp_path / "cut.seg.nrrd", layers, {"ID": "liver"}, {"ID": "spleen"})
     cut.write_bytes(cut.read_bytes()[:-300])

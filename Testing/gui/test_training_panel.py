@@ -253,6 +253,30 @@ def test_a_segment_is_known_by_its_terminology_whatever_its_name(panel: Any, tmp
     assert {row.split(",")[1] for row in table(tmp_path / "CT_label.csv")[1:]} == {"spleen", "pancreas"}
 
 
+def test_the_scene_is_written_and_known_without_pynrrd(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m4oe.labels import structure
+
+    monkeypatch.setitem(sys.modules, "nrrd", None)
+    node = segment(a_volume("CT"), "Milz")
+    node.GetSegmentation().GetSegment("Milz").SetTerminology(structure("spleen").terminology)
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path)
+    panel.ui.addSceneButton.click()
+    assert dialogs.errors == []
+    assert [row.split(",")[1] for row in table(tmp_path / "CT_label.csv")[1:]] == ["spleen"]
+
+
+def test_an_evaluation_of_seg_nrrd_begins_without_pynrrd_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from M4oETrainingLib.Evaluation import _checkMeanings
+
+    (tmp_path / "a.seg.nrrd").touch()
+    with pytest.raises(ValueError, match="damaged"):
+        _checkMeanings(tmp_path, "")
+    monkeypatch.setitem(sys.modules, "nrrd", None)
+    _checkMeanings(tmp_path, "")
+
+
 def test_a_structure_that_was_drawn_twice_is_refused(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
     volume = a_volume("CT")
     segment(volume, "liver")
