@@ -713,15 +713,17 @@ def test_a_real_ct_is_segmented(open_panel: Callable[[str], Any], dialogs: Dialo
     assert {"liver", "spleen"} <= ids(result)
 
 
-def test_opening_the_panel_loads_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["M4oESegmentation", "M4oETraining"])
+def test_opening_the_panel_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
     """In a fresh process; numpy comes with Slicer's own modules, torch and SimpleITK with nothing here."""
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import conftest
 from harness.application import open_module
-open_module(conftest.ROOT / "M4oESegmentation" / "M4oESegmentation.py")
-print(sorted({{"torch", "SimpleITK", "scipy", "nrrd", "m4oe.predictor", "m4oe.client"}} & set(sys.modules)))
+open_module(conftest.ROOT / "{module}" / "{module}.py")
+heavy = {{"torch", "SimpleITK", "scipy", "nrrd", "safetensors", "cc3d", "psutil", "m4oe.predictor", "m4oe.client"}}
+print(sorted(heavy & set(sys.modules)))
 """
     environment = {**os.environ, "M4OE_MODELS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
@@ -901,6 +903,34 @@ def test_install_lets_pip_replace_nothing(panel: Any, monkeypatch: pytest.Monkey
     assert packages == [str(wanted)]
     assert f"numpy=={np.__version__}" in constraints
     assert "Installed" in panel.ui.doctorText.plainText
+
+
+@pytest.mark.parametrize("before", [None, "mine.txt"])
+def test_the_extension_pytorch_installs_torch_under_constraints_too(
+    before: str | None, panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from urllib.request import urlopen
+
+    seen: list[str] = []
+
+    def install_torch(askConfirmation: bool, torchVersionRequirement: str) -> Any:
+        *others, uri = os.environ["PIP_CONSTRAINT"].split()
+        with urlopen(uri) as file:
+            seen.extend([*others, file.read().decode("utf-8")])
+
+    pytorch = ModuleType("PyTorchUtils")
+    pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
+    pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: False, installTorch=install_torch)
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
+    monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
+    if before:
+        monkeypatch.setenv("PIP_CONSTRAINT", before)
+    panel.ui.installButton.click()
+    *others, constraints = seen
+    assert others == [before] * bool(before)
+    assert f"numpy=={np.__version__}" in constraints and "simpleitk==" in constraints
+    assert os.environ.get("PIP_CONSTRAINT") == before
+    assert "PyTorch was not installed" in dialogs.errors[0]
 
 
 def test_reload_takes_the_package_along(panel: Any) -> None:
