@@ -161,7 +161,7 @@ def structureOf(segment: Any) -> str | None:
     """The key of a segment's structure: by its codes, else by its name."""
     from m4oe.labelmap import find_structure
 
-    return find_structure("", segment.GetTerminology()) or find_structure(segment.GetName())
+    return find_structure(segment.GetName(), segment.GetTerminology())
 
 
 def _write(folder: Path, name: str, case: _Case, values: dict[str, int]) -> None:

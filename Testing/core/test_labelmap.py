@@ -192,6 +192,16 @@ def test_every_structure_is_found_by_key_name_and_codes(key: str) -> None:
     assert not entry.terminology or find_structure("?", entry.terminology) == key
 
 
+def test_codes_count_before_the_name_and_the_name_before_the_id(tmp_path: Path) -> None:
+    spleen = catalogue()["spleen"].terminology
+    assert find_structure("liver", spleen) == "spleen"
+    assert find_structure("liver", "a list~SCT^1^Tissue~SCT^2^Tissue") == "liver"
+    coded = {"ID": "liver", "Name": "liver", "Tags": f"TerminologyEntry:{spleen}|", "LabelValue": 1, "Layer": 0}
+    named = {"ID": "spleen", "Name": "Liver", "LabelValue": 2, "Layer": 0}
+    path = slicer_file(tmp_path / "a.seg.nrrd", np.ones((2, 2, 2, 1), np.uint8), coded, named)
+    assert label_keys(path) == {1: "spleen", 2: "liver"}
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [("kidney (left)", "kidney_left"), ("liver tumour", "liver_tumor"), ("oesophagus", "esophagus"), ("left", None)],
