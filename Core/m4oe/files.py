@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from .geometry import LPS, Grid, Volume
-from .labels import Code, Structure, structure
+from .labels import MADE_BY, Code, Structure, structure
 from .metaimage import check_metaimage
 from .nifti import Header, are_orthogonal, check_spacing, choose_frame, read_nifti, read_nifti_header
 
@@ -549,10 +549,12 @@ def _write_seg_nrrd(path: Path, labels: Volume, present: Mapping[int, Structure]
 
 
 def _segment(value: int, entry: Structure, source: str) -> dict[str, str]:
+    model = source.encode("ascii", "replace").decode().replace("|", "/")
     tags = {
         "TerminologyEntry": entry.terminology,
         "DICOM.SegmentAlgorithmType": "AUTOMATIC",
-        "DICOM.SegmentAlgorithmName": source.encode("ascii", "replace").decode().replace("|", "/"),
+        "DICOM.SegmentAlgorithmName": model,
+        MADE_BY: model,
     }
     return {
         "ID": entry.key,
