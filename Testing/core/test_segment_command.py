@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import m4oe.predictor as predictor
@@ -242,3 +243,25 @@ def test_dicom_seg_without_highdicom_says_what_to_install_before_any_case(
     said = capsys.readouterr().err
     assert "needs the package highdicom" in said and f"{sys.executable} -m pip install highdicom" in said
     assert not (tmp_path / "out").exists()
+
+
+# ---- the guide
+
+
+def test_the_lines_of_the_guide_segment_a_folder_and_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    guide = (Path(__file__).parents[2] / "Docs" / "user-guide.md").read_text(encoding="utf-8")
+    (lines,) = (code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "m4oe.__main__" in code)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "m4oe-demo.safetensors").write_bytes(model.read_bytes())
+    monkeypatch.setenv("M4OE_MODELS", str(tmp_path / "models"))
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a", "b")):
+        saved(tmp_path / "FOLDER" / f"{name}.nii.gz", an_image(seed))
+    codes: list[int] = []
+    for _run in range(2):
+        exec(lines, {"slicer": SimpleNamespace(util=SimpleNamespace(exit=codes.append))})
+    made = {path.name for path in (tmp_path / "results").iterdir()}
+    assert codes == [0, 0] and {"a.seg.nrrd", "a.png", "b.seg.nrrd", "b.png", "volumes.csv"} <= made
+    assert "0 done, 2 skipped, 0 failed" in capsys.readouterr().out
