@@ -535,6 +535,20 @@ def test_the_self_tests_of_both_modules_pass(
     M4oESegmentationTest().runTest()
 
 
+def test_the_self_test_passes_while_a_training_runs(
+    open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a_run(tmp_path / "run")
+    panel = open_panel("M4oETraining")
+    from M4oETraining import M4oETrainingTest
+
+    panel._view.poll, panel._view.state = lambda: False, "running"
+    widget = SimpleNamespace(self=lambda: panel)
+    monkeypatch.setattr(slicer.modules.m4oetraining, "widgetRepresentation", lambda: widget, raising=False)
+    M4oETrainingTest().runTest()
+    assert panel.ui.pauseButton.enabled
+
+
 def test_no_folder_is_chosen_at_first(panel: Any) -> None:
     assert panel.ui.runFolderEdit.currentPath == ""
 
