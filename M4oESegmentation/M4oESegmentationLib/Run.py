@@ -266,7 +266,12 @@ class RunSection:
     """
 
     def __init__(
-        self, ui: Any, parameters: Callable[[], Any], start: Callable[[], Run], changed: Callable[[], None]
+        self,
+        ui: Any,
+        parameters: Callable[[], Any],
+        start: Callable[[], Run],
+        changed: Callable[[], None],
+        settled: Callable[[], bool],
     ) -> None:
         """Connects the widgets.
 
@@ -275,8 +280,10 @@ class RunSection:
             parameters: Gives the panel's parameters, which keep the result.
             start: Begins a run with what is chosen in the panel.
             changed: Called when a run has begun or ended.
+            settled: Asked after a run that went well until it says that nothing more is to be done.
         """
         self._ui, self._parameters, self._start, self._changed = ui, parameters, start, changed
+        self._settled, self._over = settled, False
         self.run: Run | None = None
         ui.applyButton.connect("clicked()", self._apply)
         ui.cancelButton.connect("clicked()", self.cancel)
@@ -288,7 +295,8 @@ class RunSection:
         fraction, sentence = self.run.progress()
         self._ui.progressBar.value = round(100 * fraction)
         self._ui.statusLabel.text = sentence
-        if self.run.poll():
+        self._over = self._over or self.run.poll()
+        if self._over and (self.run.error is not None or self._settled()):
             self._end()
         return self.run is not None
 
@@ -304,7 +312,7 @@ class RunSection:
     def _end(self) -> None:
         from m4oe.jobs import Cancelled
 
-        run, self.run = self.run, None
+        run, self.run, self._over = self.run, None, False
         self._ui.progressBar.value = 0
         if run.error is None:
             self._ui.statusLabel.text = _("Done in {seconds:.0f} s on {device}.").format(

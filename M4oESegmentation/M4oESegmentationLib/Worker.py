@@ -115,6 +115,7 @@ class WorkerSection:
         """
         self._ui, self._client, self._changed = ui, client, changed
         self.job: Any = None
+        self._listed: list[str] = []  # command of the worker whose devices are listed
         for where, label in labels().items():
             ui.workerSelector.addItem(label, where)
         ui.workerSelector.currentIndex = ui.workerSelector.findData(place())
@@ -142,6 +143,12 @@ class WorkerSection:
         where = self._ui.workerSelector.currentData
         self._ui.pythonPathEdit.enabled, self._ui.hostEdit.enabled = where == PYTHON, where == SSH
 
+    def settled(self) -> bool:
+        """Asks a worker that has just done its first run, and so answers at once; whether its devices are listed."""
+        if self._listed != command("worker"):
+            self._ask()
+        return self.job is None
+
     def poll(self) -> bool:
         """Shows the devices when the worker has answered; whether it is still asked."""
         if self.job is None or not self.job.done():
@@ -156,6 +163,7 @@ class WorkerSection:
 
     def _ask(self) -> None:
         with errorsShown(_("The worker cannot be asked for its devices.")):
+            self._listed = command("worker")
             self.job = self._client().begin_info()
             self._changed()
 
