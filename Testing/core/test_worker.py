@@ -53,7 +53,7 @@ class StandIn:
         pass
 
     def peak(self, progress):
-        (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+        (line,) = [line for line in open("/proc/self/status", encoding="utf-8") if line.startswith("VmHWM")]
         return str(1024 * int(line.split()[1]))
 
     def obey(self, progress):
