@@ -681,13 +681,17 @@ def test_the_first_run_of_a_worker_lists_its_devices(
 def test_a_scene_closed_while_the_devices_are_asked_for_takes_the_result_along(
     panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch, dialogs: Dialogs
 ) -> None:
-    finish_unseen(panel, add_volume())
-    begin_info = warm_client.begin_info
-    monkeypatch.setattr(warm_client, "begin_info", lambda: (slicer.mrmlScene.Clear(False), begin_info())[1])
-    panel.onTimer()
-    finish(panel)
-    assert panel.parameters.result is None and segmentations() == [] and dialogs.errors == []
-    assert panel.ui.resultsTable.rowCount == 0
+    begin_info, ids_before = warm_client.begin_info, []
+
+    def close_and_ask() -> Any:
+        ids_before.append(segmentations()[0].GetID())
+        slicer.mrmlScene.Clear(False)
+        slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "another")
+        return begin_info()
+
+    monkeypatch.setattr(warm_client, "begin_info", close_and_ask)
+    assert apply(panel, add_volume()) is None
+    assert [node.GetID() for node in segmentations()] == ids_before and dialogs.errors == []
 
 
 def test_opening_the_panel_starts_no_worker(open_panel: Callable[[str], Any]) -> None:
