@@ -88,6 +88,8 @@ class M4oEExtensionTest(unittest.TestCase):
             exportables = plugin.examineForExport(item)
             for exportable in exportables:
                 exportable.directory = folder
+                exportable.setTag("PatientID", "patient")
+                exportable.setTag("StudyID", "study")
             self.assertFalse(plugin.export(exportables))
             DICOMUtils.importDicom(folder, database)
             (patient,) = database.patients()
