@@ -83,10 +83,10 @@ class M4oESegmentationWidget(Panel):
         ui, self.logic = self.ui, M4oESegmentationLogic()
         self.models = ModelSection(ui, lambda: self.parameters, self.showState)
         self.results = ResultsSection(ui, lambda: self.parameters.result)
-        self.runs = RunSection(ui, lambda: self.parameters, self._start, self.onChanged)
+        self.worker = WorkerSection(ui, self.logic.client, self.onChanged)
+        self.runs = RunSection(ui, lambda: self.parameters, self._start, self.onChanged, self.worker.listed)
         self.batches = BatchSection(ui, self._choices, self.onChanged)
         self.setupSection = SetupSection(ui, self.onChanged)
-        self.worker = WorkerSection(ui, self.logic.client, self.onChanged)
 
     def stop(self) -> None:
         self.batches.stop()

@@ -290,6 +290,7 @@ class M4oETrainingTest(ScriptedLoadableModuleTest):
         slicer.mrmlScene.Clear(False)
 
     def test_panelOpens(self) -> None:
-        """The panel opens with nothing to do."""
+        """The panel opens, and offers to pause what is running alone."""
         widget = slicer.modules.m4oetraining.widgetRepresentation().self()
-        self.assertFalse(widget.ui.pauseButton.enabled)
+        widget.onTimer()
+        self.assertEqual(widget.ui.pauseButton.enabled, getattr(widget._view, "state", "") == "running")

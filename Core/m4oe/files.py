@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import nrrd
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from .geometry import LPS, Grid, Volume
-from .labels import Code, Structure, structure
+from .labels import MADE_BY, Code, Structure, structure
 from .metaimage import check_metaimage
 from .nifti import Header, are_orthogonal, check_spacing, choose_frame, read_nifti, read_nifti_header
 
@@ -529,6 +528,8 @@ def _present(labels: Volume, structures: Mapping[int, str]) -> dict[int, Structu
 
 
 def _write_seg_nrrd(path: Path, labels: Volume, present: Mapping[int, Structure], source: str) -> None:
+    import nrrd
+
     affine = LPS @ labels.grid.affine
     extent = " ".join(f"0 {size - 1}" for size in labels.grid.shape[::-1])
     header: dict[str, Any] = {
@@ -548,10 +549,12 @@ def _write_seg_nrrd(path: Path, labels: Volume, present: Mapping[int, Structure]
 
 
 def _segment(value: int, entry: Structure, source: str) -> dict[str, str]:
+    model = source.encode("ascii", "replace").decode().replace("|", "/")
     tags = {
         "TerminologyEntry": entry.terminology,
         "DICOM.SegmentAlgorithmType": "AUTOMATIC",
-        "DICOM.SegmentAlgorithmName": source.encode("ascii", "replace").decode().replace("|", "/"),
+        "DICOM.SegmentAlgorithmName": model,
+        MADE_BY: model,
     }
     return {
         "ID": entry.key,

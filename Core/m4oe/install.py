@@ -36,6 +36,7 @@ class Requirement:
 
 REQUIREMENTS = (
     Requirement("connected-components-3d", "cc3d", "3.18"),
+    Requirement("highdicom", "highdicom", "0.24"),
     Requirement("numpy", "numpy", "1.26", core=True),
     Requirement("psutil", "psutil", "5.9"),
     Requirement("pynrrd", "nrrd", "1.1"),

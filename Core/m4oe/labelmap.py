@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nrrd
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,14 +108,14 @@ def _part(grid: Grid, start: NDArray[np.int_], shape: NDArray[np.int_]) -> Grid:
 
 
 def find_structure(name: str, terminology: str = "") -> str | None:
-    """The key of the structure with that key or name, whatever the case and order of its words, or with those codes.
+    """The key of the structure with those codes, else with that key or name, whatever the case and order of its words.
 
     Args:
         name: Key or name, such as "kidney_left" or "Left kidney".
         terminology: Slicer's terminology entry of a segment.
     """
-    key = key_of(name)
-    return key if key and key != BACKGROUND else _keys_by_codes().get(_codes(terminology))
+    key = _keys_by_codes().get(_codes(terminology)) or key_of(name)
+    return None if key == BACKGROUND else key
 
 
 def label_values(array: NDArray[Any]) -> list[int]:
@@ -161,11 +160,13 @@ def _segments(path: Path) -> dict[int, _Segment] | None:
 
 def _nrrd_segments(path: Path) -> dict[int, _Segment]:
     """The segments by label value, or numbered from 1 where several layers use the same values."""
+    import nrrd
+
     try:
         header = nrrd.read_header(str(path))
         numbers = sorted(int(found[1]) for field in header if (found := re.fullmatch(r"Segment(\d+)_ID", field)))
         segments = [_segment(header, number) for number in numbers]
-    except (nrrd.NRRDError, ValueError) as error:
+    except (nrrd.NRRDError, ValueError, StopIteration) as error:  # the last of an empty file
         raise ValueError(f"Cannot read {path}: it is damaged, incomplete or not what its name says.") from error
     return {number if _is_layered(segments) else entry.value: entry for number, entry in enumerate(segments, start=1)}
 
@@ -173,7 +174,7 @@ def _nrrd_segments(path: Path) -> dict[int, _Segment]:
 def _segment(header: Mapping[str, Any], number: int) -> _Segment:
     ident, name, tags = (str(header.get(f"Segment{number}_{field}", "")) for field in ("ID", "Name", "Tags"))
     terminology = re.search(r"TerminologyEntry:([^|]*)", tags)
-    key = find_structure(ident) or find_structure(name, terminology[1] if terminology else "")
+    key = find_structure(name, terminology[1] if terminology else "") or find_structure(ident)
     own_layer = number if header["dimension"] == 4 else 0  # Slicer before 4.11 wrote neither layer nor value
     layer, value = (header.get(f"Segment{number}_{field}") for field in ("Layer", "LabelValue"))
     return _Segment(name or ident, key, own_layer if layer is None else int(layer), 1 if value is None else int(value))
@@ -225,6 +226,8 @@ def _whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
 
 def _merged(path: Path, segments: Mapping[int, _Segment]) -> Volume:
     """One map of all segments that are structures; the layers are the fastest axis of the file."""
+    import nrrd
+
     try:
         array, header = nrrd.read(str(path), index_order="C")
     except (nrrd.NRRDError, ValueError, EOFError, zlib.error) as error:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
+MADE_BY = "M4oE.Model"  # tag of the segments that M4oE made: the tags of DICOM are those of other tools, too
 _CONTEXTS = {
     "GeneralAnatomy": "Segmentation category and type - 3D Slicer General Anatomy list",
     "DICOM-Master": "Segmentation category and type - DICOM master list",

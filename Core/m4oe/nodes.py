@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .geometry import Grid, Volume, foreground_box
-from .labels import structure
+from .labels import MADE_BY, structure
 
 if TYPE_CHECKING:
     from slicer import (
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         vtkSegmentation,
     )
 
-_ALGORITHM = "DICOM.SegmentAlgorithmName"  # tag of a segment
 _CLOSED_SURFACE = "Closed surface"
 _MODALITY_TAG = "0008,0060"
 
@@ -92,7 +91,7 @@ def check_segmentation_node(
 
     Raises:
         ValueError: No segmentation node, one whose other segments would move in space because its parent transform
-            is not the volume's, or one that uses an id of the result for a segment that no model made.
+            is not the volume's, or one that uses an id of the result for a segment that M4oE did not make.
     """
     if segmentationNode is None or not segmentationNode.IsA("vtkMRMLSegmentationNode"):
         raise ValueError(f"Expected a segmentation node for the result, got {_describe(segmentationNode)}.")
@@ -103,17 +102,17 @@ def check_segmentation_node(
             f"under the transform of '{volumeNode.GetName()}'. Choose a new segmentation or give both nodes "
             "the same transform."
         )
-    if drawn := [name for key in keys if (name := _drawn_by_hand(segmentationNode, key))]:
+    if foreign := [name for key in keys if (name := _foreign(segmentationNode, key))]:
         raise ValueError(
-            f"'{segmentationNode.GetName()}' holds {', '.join(drawn)}, which M4oE did not make and the result would "
+            f"'{segmentationNode.GetName()}' holds {', '.join(foreign)}, which M4oE did not make and the result would "
             "replace. Choose a new segmentation."
         )
 
 
-def _drawn_by_hand(segmentationNode: vtkMRMLSegmentationNode, key: str) -> str:
-    """The name of the segment with this id that no model made; nothing if there is none."""
+def _foreign(segmentationNode: vtkMRMLSegmentationNode, key: str) -> str:
+    """The name of the segment with this id that M4oE did not make; nothing if there is none."""
     segment = segmentationNode.GetSegmentation().GetSegment(key)
-    return "" if segment is None or segment.HasTag(_ALGORITHM) else segment.GetName()
+    return "" if segment is None or segment.HasTag(MADE_BY) else segment.GetName()
 
 
 def percent_to_node(volume: Volume, volumeNode: vtkMRMLScalarVolumeNode) -> vtkMRMLScalarVolumeNode:
@@ -205,7 +204,8 @@ def _segment(key: str, value: int, image: vtkOrientedImageData, source: str) -> 
     if facts.terminology:  # else Slicer's own "Tissue" stays: DICOM export wants a code for every segment
         segment.SetTerminology(facts.terminology)
     segment.SetTag("DICOM.SegmentAlgorithmType", "AUTOMATIC")
-    segment.SetTag(_ALGORITHM, source)
+    segment.SetTag("DICOM.SegmentAlgorithmName", source)
+    segment.SetTag(MADE_BY, source)
     name = slicer.vtkSegmentationConverter.GetSegmentationBinaryLabelmapRepresentationName()
     segment.AddRepresentation(name, image)
     return segment

@@ -305,7 +305,8 @@ def load_predictor(options: argparse.Namespace) -> Predictor:
         spec.expert_index(options.expert)
     spec.labels_of(options.structures or [])
     if options.format == "dcm" and importlib.util.find_spec("highdicom") is None:
-        raise ValueError("--format dcm needs the package highdicom: pip install highdicom")
+        cure = f"press Install in M4oE Segmentation, or: {sys.executable} -m pip install highdicom"
+        raise ValueError(f"--format dcm needs the package highdicom, which is not installed; {cure}")
     if options.preview:
         from . import preview  # noqa: F401
     from .predictor import Predictor

@@ -40,6 +40,7 @@ class Run:
     """A segmentation under way. Ask `poll` from a timer until it says that all is done.
 
     Attributes:
+        client: Of the worker.
         error: Why it failed or was stopped; None while all is well.
         segmentationNode: The result, when done.
         uncertaintyNode: The uncertainty, if it was asked for, when done.
@@ -68,7 +69,7 @@ class Run:
         self._keys = {label: key for label, key in spec.label_keys.items() if key in choices.structures}
         if segmentationNode is not None:
             check_segmentation_node(segmentationNode, volumeNode, self._keys.values())
-        self._client, self._choices = client, choices
+        self.client, self._choices = client, choices
         self._volumeNode, self._segmentationNode = volumeNode, segmentationNode
         self._added: list[Any] = []
         self._cancelled = False
@@ -143,7 +144,7 @@ class Run:
         volume, choices = self._volumes[len(self._results)], self._choices
         if choices.uncertainty:
             self._uncertainty = np.zeros(volume.array.shape, np.uint8)
-        self._job = self._client.begin_segment(
+        self._job = self.client.begin_segment(
             volume,
             model=Worker.modelThere(choices.model),
             expert=choices.expert,
@@ -173,7 +174,7 @@ class Run:
         Raises:
             ValueError: The volume is gone.
         """
-        if self._volumeNode.GetScene() is not slicer.mrmlScene:  # its ID may be another volume's by now
+        if not isInScene(self._volumeNode):  # its ID may be another volume's by now
             raise ValueError(_("The volume was removed while it was being segmented; nothing was changed."))
         given = self._segmentationNode
         before = slicer.vtkSegmentation()
@@ -192,7 +193,7 @@ class Run:
         from m4oe.nodes import segmentation_to_node
 
         volumeNode, segmentationNode = self._volumeNode, self._segmentationNode
-        if segmentationNode is None or segmentationNode.GetScene() is not slicer.mrmlScene:
+        if segmentationNode is None or not isInScene(segmentationNode):
             name = _("{volume} M4oE segmentation").format(volume=volumeNode.GetName())
             segmentationNode = self._add("vtkMRMLSegmentationNode", slicer.mrmlScene.GenerateUniqueName(name))
         frames = self._frames(segmentationNode) if self._sequence else None
@@ -225,6 +226,11 @@ class Run:
         for name in ("IndexName", "IndexUnit", "IndexType"):
             getattr(frames, f"Set{name}")(getattr(self._sequence, f"Get{name}")())
         return frames
+
+
+def isInScene(node: Any) -> bool:
+    """Whether a node is still where the user sees it."""
+    return node.GetScene() is slicer.mrmlScene
 
 
 def volumeNodes() -> list[Any]:
@@ -266,7 +272,12 @@ class RunSection:
     """
 
     def __init__(
-        self, ui: Any, parameters: Callable[[], Any], start: Callable[[], Run], changed: Callable[[], None]
+        self,
+        ui: Any,
+        parameters: Callable[[], Any],
+        start: Callable[[], Run],
+        changed: Callable[[], None],
+        listed: Callable[[Client], bool],
     ) -> None:
         """Connects the widgets.
 
@@ -275,8 +286,10 @@ class RunSection:
             parameters: Gives the panel's parameters, which keep the result.
             start: Begins a run with what is chosen in the panel.
             changed: Called when a run has begun or ended.
+            listed: Whether the devices of a worker are listed; asked after a run until they are.
         """
         self._ui, self._parameters, self._start, self._changed = ui, parameters, start, changed
+        self._listed, self._over = listed, False
         self.run: Run | None = None
         ui.applyButton.connect("clicked()", self._apply)
         ui.cancelButton.connect("clicked()", self.cancel)
@@ -288,7 +301,8 @@ class RunSection:
         fraction, sentence = self.run.progress()
         self._ui.progressBar.value = round(100 * fraction)
         self._ui.statusLabel.text = sentence
-        if self.run.poll():
+        self._over = self._over or self.run.poll()
+        if self._over and (self.run.error is not None or self._listed(self.run.client)):
             self._end()
         return self.run is not None
 
@@ -304,13 +318,13 @@ class RunSection:
     def _end(self) -> None:
         from m4oe.jobs import Cancelled
 
-        run, self.run = self.run, None
+        run, self.run, self._over = self.run, None, False
         self._ui.progressBar.value = 0
         if run.error is None:
             self._ui.statusLabel.text = _("Done in {seconds:.0f} s on {device}.").format(
                 seconds=sum(run.report.seconds.values()), device=run.report.device
             )
-            self._parameters().result = run.segmentationNode
+            self._parameters().result = run.segmentationNode if isInScene(run.segmentationNode) else None
         elif isinstance(run.error, Cancelled):
             self._ui.statusLabel.text = _("Cancelled; nothing was changed.")
         else:

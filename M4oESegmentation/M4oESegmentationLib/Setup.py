@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +49,32 @@ def install() -> str:
     if not _hasPyTorch():
         return _installExtension()
     _installTorch()
-    from m4oe.install import constraints, missing
+    from m4oe.install import missing
 
     wanted = [str(requirement) for requirement in missing() if not requirement.core]
     if not wanted:
         return _("All packages are there.")
+    with _constraints() as path:
+        _pipInstall(wanted, path)
+    return _("Installed: {packages}").format(packages=", ".join(wanted))
+
+
+@contextmanager
+def _constraints() -> Iterator[Path]:
+    """A file with which pip replaces nothing that is installed now; PIP_CONSTRAINT names it to every pip meanwhile."""
+    from m4oe.install import constraints
+
+    before = os.environ.get("PIP_CONSTRAINT")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "constraints.txt")
         path.write_text(constraints(), encoding="utf-8")
-        _pipInstall(wanted, path)
-    return _("Installed: {packages}").format(packages=", ".join(wanted))
+        os.environ["PIP_CONSTRAINT"] = f"{before or ''} {path.as_uri()}".strip()  # pip splits it at spaces
+        try:
+            yield path
+        finally:
+            del os.environ["PIP_CONSTRAINT"]
+            if before is not None:
+                os.environ["PIP_CONSTRAINT"] = before
 
 
 def _hasPyTorch() -> bool:
@@ -82,7 +100,9 @@ def _installTorch() -> None:
         return
     wanted = {"askConfirmation": False, "torchVersionRequirement": ">=2.7"}
     known = inspect.signature(logic.installTorch).parameters  # they have changed between versions
-    if logic.installTorch(**{name: value for name, value in wanted.items() if name in known}) is None:
+    with _constraints():
+        done = logic.installTorch(**{name: value for name, value in wanted.items() if name in known})
+    if done is None:
         raise RuntimeError(_("PyTorch was not installed. Press Install again, or import a bundle instead."))
 
 

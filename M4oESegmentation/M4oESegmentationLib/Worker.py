@@ -127,13 +127,14 @@ class WorkerSection:
         """
         self._ui, self._client, self._changed = ui, client, changed
         self.job: Any = None
+        self._asked: Client | None = None
         for where, label in labels().items():
             ui.workerSelector.addItem(label, where)
         ui.workerSelector.currentIndex = ui.workerSelector.findData(place())
         ui.pythonPathEdit.currentPath = setting("python", "")
         ui.hostEdit.text = setting("host", "")
         self._showDevices(())
-        ui.refreshDevicesButton.connect("clicked()", self._ask)
+        ui.refreshDevicesButton.connect("clicked()", lambda: self._ask())
         ui.deviceSelector.connect("activated(int)", self.save)
         ui.workerSelector.connect("activated(int)", self.save)
         ui.pythonPathEdit.connect("currentPathChanged(QString)", self.save)
@@ -154,6 +155,12 @@ class WorkerSection:
         where = self._ui.workerSelector.currentData
         self._ui.pythonPathEdit.enabled, self._ui.hostEdit.enabled = where == PYTHON, where == SSH
 
+    def listed(self, client: Client) -> bool:
+        """Asks a worker that has just done its first run, and so answers at once; whether its devices are listed."""
+        if self._asked is not client:
+            self._ask(client)
+        return self.job is None
+
     def poll(self) -> bool:
         """Shows the devices when the worker has answered; whether it is still asked."""
         if self.job is None or not self.job.done():
@@ -166,9 +173,10 @@ class WorkerSection:
         self._changed()
         return False
 
-    def _ask(self) -> None:
+    def _ask(self, client: Client | None = None) -> None:
         with errorsShown(_("The worker cannot be asked for its devices.")):
-            self.job = self._client().begin_info()
+            self._asked = client or self._client()
+            self.job = self._asked.begin_info()
             self._changed()
 
     def _showDevices(self, devices: Sequence[Any]) -> None:

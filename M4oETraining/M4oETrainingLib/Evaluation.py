@@ -179,12 +179,10 @@ def _checkMeanings(truth: Path, meanings: str) -> None:
     Raises:
         ValueError: It is not known of any case, or what was said of them is not understood.
     """
-    try:
-        from m4oe.evaluation_files import pair_files
-        from m4oe.labelmap import label_keys
-        from m4oe.names import read_meanings
-    except ImportError:  # no pynrrd here; the command itself will say it
-        return
+    from m4oe.evaluation_files import pair_files
+    from m4oe.labelmap import label_keys
+    from m4oe.names import read_meanings
+
     where = _("Say what they mean in the field Label values, in the section Data.")
     if meanings:
         try:
@@ -198,6 +196,8 @@ def _checkMeanings(truth: Path, meanings: str) -> None:
             label_keys(path)
         except (OSError, ValueError) as error:
             errors.append(error)
+        except ImportError:  # no pynrrd here; the command itself will say it
+            return
         else:
             return
     if errors:

@@ -159,14 +159,9 @@ def _names(volumeNodes: list[Any], folder: Path, rows: dict[str, Any]) -> list[s
 
 def structureOf(segment: Any) -> str | None:
     """The key of a segment's structure: by its codes, else by its name."""
-    from m4oe.names import BACKGROUND, key_of
+    from m4oe.labelmap import find_structure
 
-    try:
-        from m4oe.labelmap import find_structure
-    except ImportError:  # no pynrrd here
-        key = key_of(segment.GetName())
-        return None if key == BACKGROUND else key
-    return find_structure("", segment.GetTerminology()) or find_structure(segment.GetName())
+    return find_structure(segment.GetName(), segment.GetTerminology())
 
 
 def _write(folder: Path, name: str, case: _Case, values: dict[str, int]) -> None:

@@ -762,6 +762,7 @@ def test_slicer_reads_names_colours_codes_and_place(tmp_path: Path) -> None:
         segment, text, matrix = segmentation.GetSegment(entry.key), vtk.mutable(""), vtk.vtkMatrix4x4()
         assert segment.GetTag("TerminologyEntry", text) and text.get() == entry.terminology
         assert segment.GetTag("DICOM.SegmentAlgorithmName", text) and text.get() == "model 1.0"
+        assert segment.GetTag("M4oE.Model", text) and text.get() == "model 1.0"
         assert (segment.GetName(), segment.GetLabelValue()) == (entry.name, value)
         assert tuple(round(part * 255) for part in segment.GetColor()) == entry.color
         image = segment.GetRepresentation("Binary labelmap")

@@ -192,6 +192,16 @@ def test_every_structure_is_found_by_key_name_and_codes(key: str) -> None:
     assert not entry.terminology or find_structure("?", entry.terminology) == key
 
 
+def test_codes_count_before_the_name_and_the_name_before_the_id(tmp_path: Path) -> None:
+    spleen = catalogue()["spleen"].terminology
+    assert find_structure("liver", spleen) == "spleen"
+    assert find_structure("liver", "a list~SCT^1^Tissue~SCT^2^Tissue") == "liver"
+    coded = {"ID": "liver", "Name": "liver", "Tags": f"TerminologyEntry:{spleen}|", "LabelValue": 1, "Layer": 0}
+    named = {"ID": "spleen", "Name": "Liver", "LabelValue": 2, "Layer": 0}
+    path = slicer_file(tmp_path / "a.seg.nrrd", np.ones((2, 2, 2, 1), np.uint8), coded, named)
+    assert label_keys(path) == {1: "spleen", 2: "liver"}
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [("kidney (left)", "kidney_left"), ("liver tumour", "liver_tumor"), ("oesophagus", "esophagus"), ("left", None)],
@@ -238,9 +248,10 @@ def test_the_values_are_those_of_numpy() -> None:
     assert label_values(np.zeros((1, 2, 3), np.uint8)) == []
 
 
-@pytest.mark.parametrize("name", ["none.seg.nrrd", "bad.seg.nrrd", "cut.seg.nrrd"])
+@pytest.mark.parametrize("name", ["none.seg.nrrd", "bad.seg.nrrd", "cut.seg.nrrd", "empty.seg.nrrd"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "bad.seg.nrrd").write_text("Dear colleague")
+    (tmp_path / "bad.seg.nrrd").write_text("Dear colleague", encoding="utf-8")
+    (tmp_path / "empty.seg.nrrd").touch()
     layers = np.random.default_rng(0).integers(0, 2, (9, 9, 9, 2)).astype(np.uint8)
     cut = slicer_file(tmp_path / "cut.seg.nrrd", layers, {"ID": "liver"}, {"ID": "spleen"})
     cut.write_bytes(cut.read_bytes()[:-300])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import m4oe
 import pytest
+from m4oe.install import REQUIREMENTS
 
 PACKAGE = Path(m4oe.__file__).parent
 LAYERS = (
@@ -28,7 +30,7 @@ LAYERS = (
     ("worker", "connection", "client", "__main__"),
 )
 HEAVY = ("numpy", "SimpleITK", "nrrd", "scipy", "torch", "safetensors", "cc3d", "vtk", "slicer")
-ALLOWED = {0: (), 1: ("numpy", "SimpleITK", "nrrd"), 2: tuple(set(HEAVY) - {"vtk", "slicer"})}
+ALLOWED = {0: (), 1: ("numpy", "SimpleITK"), 2: tuple(set(HEAVY) - {"vtk", "slicer"})}
 
 
 def layer_of(module: str) -> int:
@@ -69,3 +71,14 @@ def test_the_client_loads_numpy_alone() -> None:
 def test_slicer_is_not_needed_to_import_the_nodes_file() -> None:
     code = "import sys, m4oe.nodes; sys.exit('slicer' in sys.modules or 'vtk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_the_panels_import_needs_only_what_slicer_brings() -> None:
+    root = PACKAGE.parents[1]
+    files = [path for module in ("M4oESegmentation", "M4oETraining") for path in (root / module).rglob("*.py")]
+    sources = (path.read_text(encoding="utf-8") for path in files)
+    names = {name for text in sources for name in re.findall(r"^ *from (m4oe(?:\.\w+)+) import", text, re.MULTILINE)}
+    absent = ["torch", *(each.module for each in REQUIREMENTS if not each.core)]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {', '.join(sorted(names))}"
+    assert {"m4oe.labelmap", "m4oe.files", "m4oe.client"} <= names
+    subprocess.run([sys.executable, "-c", code], check=True)

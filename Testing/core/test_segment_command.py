@@ -6,9 +6,11 @@ import csv
 import errno
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import m4oe.predictor as predictor
@@ -205,7 +207,8 @@ def test_one_file_stands_for_its_series_among_others(segment: Segment, tmp_path:
 
 
 def test_dicom_seg_holds_the_same_voxels_names_and_codes(segment: Segment, tmp_path: Path) -> None:
-    highdicom = pytest.importorskip("highdicom")
+    import highdicom
+
     source = a_series(tmp_path / "scan")
     assert segment(source.parent) == 0 and segment(source.parent, "--format", "dcm") == 0
     expected = read_volume(tmp_path / "out" / "scan.seg.nrrd").array
@@ -228,6 +231,37 @@ def test_dicom_seg_holds_the_same_voxels_names_and_codes(segment: Segment, tmp_p
 
 
 def test_dicom_seg_needs_dicom(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("highdicom")
     assert segment(saved(tmp_path / "CT.mha"), "--format", "dcm") == 1
     assert "CT.mha is not DICOM" in capsys.readouterr().err
+
+
+def test_dicom_seg_without_highdicom_says_what_to_install_before_any_case(
+    segment: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    assert segment(saved(tmp_path / "CT.mha"), "--format", "dcm") == 2
+    said = capsys.readouterr().err
+    assert "needs the package highdicom" in said and f"{sys.executable} -m pip install highdicom" in said
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the guide
+
+
+def test_the_lines_of_the_guide_segment_a_folder_and_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    guide = (Path(__file__).parents[2] / "Docs" / "user-guide.md").read_text(encoding="utf-8")
+    (lines,) = (code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "m4oe.__main__" in code)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "m4oe-demo.safetensors").write_bytes(model.read_bytes())
+    monkeypatch.setenv("M4OE_MODELS", str(tmp_path / "models"))
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a", "b")):
+        saved(tmp_path / "FOLDER" / f"{name}.nii.gz", an_image(seed))
+    codes: list[int] = []
+    for _run in range(2):
+        exec(lines, {"slicer": SimpleNamespace(util=SimpleNamespace(exit=codes.append))})
+    made = {path.name for path in (tmp_path / "results").iterdir()}
+    assert codes == [0, 0] and {"a.seg.nrrd", "a.png", "b.seg.nrrd", "b.png", "volumes.csv"} <= made
+    assert "0 done, 2 skipped, 0 failed" in capsys.readouterr().out

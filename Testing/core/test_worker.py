@@ -52,6 +52,10 @@ class StandIn:
     def echo(self, progress):
         pass
 
+    def peak(self, progress):
+        (line,) = [line for line in open("/proc/self/status", encoding="utf-8") if line.startswith("VmHWM")]
+        return str(1024 * int(line.split()[1]))
+
     def obey(self, progress):
         while True:
             progress("segment", 0.5)
@@ -255,6 +259,22 @@ def test_a_volume_that_cannot_be_written_to_arrives_and_one_of_many_frames_too(s
     events: list[Event] = []
     assert np.array_equal(stand_in.segment(a_volume(array), device="echo", on_event=events.append)[0].array, array)
     assert [phase for phase, fraction in events if fraction == 1.0] == ["send", "receive"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_volume_of_a_whole_body_goes_and_comes_in_its_own_type_without_a_copy(stand_in: Client) -> None:
+    array = np.empty((400, 512, 512), np.int16)
+    array[...] = np.arange(-1024, 3072, dtype=np.int16).reshape(8, 512).repeat(64, axis=0)
+    array += np.arange(400, dtype=np.int16)[:, None, None]
+    array.setflags(write=False)
+    before = int(stand_in.segment(a_volume(), device="peak")[1].device)
+    tracemalloc.start()
+    found, report = stand_in.segment(a_volume(array), device="peak")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.array.dtype == np.int16 and np.array_equal(found.array, array)
+    assert peak < 1.1 * array.nbytes  # the answer alone
+    assert int(report.device) - before < 1.1 * array.nbytes
 
 
 def test_a_request_may_follow_at_once(stand_in: Client) -> None:

@@ -186,4 +186,4 @@ def test_the_tests_for_slicer_itself_can_be_imported() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     tests = unittest.defaultTestLoader.loadTestsFromModule(module)
-    assert tests.countTestCases() >= 5
+    assert tests.countTestCases() >= 10

@@ -176,6 +176,62 @@ def test_the_search_hides_and_a_group_checks(panel: Any) -> None:
     assert set(panel.models.structures.checked()) == set(STRUCTURES)
 
 
+def test_groups_are_offered_that_have_members_with_their_number(panel: Any) -> None:
+    structures, selector = panel.models.structures, panel.ui.presetSelector
+    structures.show(("liver", "aorta", "liver_tumor", "spleen", "brain"), ())
+    offered = [selector.itemText(index) for index in range(selector.count)]
+    assert offered == [
+        "Check...", "All (5)", "Abdominal organs (AMOS) (3)", "Organs (3)", "Vessels (1)", "Lesions (1)", "None (0)"
+    ]  # fmt: skip
+    checked = []
+    for index in range(1, selector.count):
+        selector.activated.emit(index)
+        checked.append(set(structures.checked()))
+        assert selector.currentIndex == 0
+    organs = {"liver", "spleen", "brain"}
+    everything = {*organs, "aorta", "liver_tumor"}
+    assert checked == [everything, {"liver", "aorta", "spleen"}, organs, {"aorta"}, {"liver_tumor"}, set()]
+
+
+def color_of(item: Any) -> tuple[int, ...]:
+    image = item.icon().pixmap(qt.QSize(12, 12)).toImage()
+    return image.pixelColor(6, 6).getRgb()
+
+
+def test_structures_and_results_have_the_colours_of_the_catalogue_and_of_the_segments(panel: Any) -> None:
+    from m4oe.labels import structure
+
+    by_name = {structure(key).name: structure(key).color for key in STRUCTURES}
+    names = panel.ui.structureList
+    assert {names.item(row).text(): color_of(names.item(row))[:3] for row in range(names.count)} == by_name
+    node = apply(panel, add_volume())
+    node.GetSegmentation().GetSegment("liver").SetColor(0, 1, 0)
+    panel.results.show()
+    table = panel.ui.resultsTable
+    shown = {table.item(row, 0).text(): color_of(table.item(row, 0))[:3] for row in range(table.rowCount)}
+    assert shown == by_name | {"Liver": (0, 255, 0)}
+
+
+@pytest.mark.parametrize(
+    ("spent", "fraction", "sentence"),
+    [
+        (0.5, 0.5, "Segmenting"),
+        (10, 0.0, "Segmenting"),
+        (10, 0.25, "Segmenting, 30 s left"),
+        (40, 1 / 3, "Segmenting, 1 min 20 s left"),
+    ],
+)
+def test_the_time_left_is_told_once_it_can_be_known(
+    spent: float, fraction: float, sentence: str, monkeypatch: pytest.MonkeyPatch, panel: Any
+) -> None:
+    from M4oESegmentationLib import Run
+
+    run = object.__new__(Run.Run)
+    run._events, run._cancelled, run._volumes, run._started = ("segment", fraction), False, [None], 100.0
+    monkeypatch.setattr(Run.time, "monotonic", lambda: 100.0 + spent)
+    assert run.progress() == (fraction, sentence)
+
+
 def test_naming_an_expert_overrules_the_gate(panel: Any) -> None:
     panel.ui.expertSelector.currentIndex = panel.ui.expertSelector.findData("mr")
     panel.ui.expertSelector.activated.emit(2)
@@ -608,6 +664,40 @@ def test_devices_are_listed_with_their_free_memory(panel: Any) -> None:
     assert panel.ui.statusLabel.text.endswith("on cpu.")
 
 
+def test_the_first_run_of_a_worker_lists_its_devices(
+    panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    begin_info = warm_client.begin_info
+    monkeypatch.setattr(warm_client, "begin_info", lambda: (asked.append("info"), begin_info())[1])
+    assert panel.ui.deviceSelector.count == 1
+    for _run in range(2):
+        apply(panel, add_volume())
+        assert panel.ui.deviceSelector.itemText(1).endswith("GB free")
+        assert panel.ui.statusLabel.text.startswith("Done in")
+    assert asked == ["info"]
+
+
+def test_a_scene_closed_while_the_devices_are_asked_for_takes_the_result_along(
+    panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch, dialogs: Dialogs
+) -> None:
+    begin_info, ids_before = warm_client.begin_info, []
+
+    def close_and_ask() -> Any:
+        ids_before.append(segmentations()[0].GetID())
+        slicer.mrmlScene.Clear(False)
+        slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "another")
+        return begin_info()
+
+    monkeypatch.setattr(warm_client, "begin_info", close_and_ask)
+    assert apply(panel, add_volume()) is None
+    assert [node.GetID() for node in segmentations()] == ids_before and dialogs.errors == []
+
+
+def test_opening_the_panel_starts_no_worker(open_panel: Callable[[str], Any]) -> None:
+    assert open_panel("M4oESegmentation").logic._client is None
+
+
 def test_settings_of_the_machine_are_found_again(open_panel: Callable[[str], Any]) -> None:
     panel = open_panel("M4oESegmentation")
     panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("ssh")
@@ -688,6 +778,17 @@ def test_a_model_is_imported_and_chosen(
     assert "is there already" in dialogs.errors[0]
 
 
+def test_the_folder_of_models_is_shown_and_made_before(
+    panel: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(qt.QDesktopServices, "openUrl", opened.append)
+    monkeypatch.setenv("M4OE_MODELS", str(tmp_path / "new"))
+    panel.ui.showModelsButton.click()
+    assert [url.toLocalFile() for url in opened] == [str(tmp_path / "new")]
+    assert (tmp_path / "new").is_dir()
+
+
 # ---- headless, and real
 
 
@@ -713,15 +814,17 @@ def test_a_real_ct_is_segmented(open_panel: Callable[[str], Any], dialogs: Dialo
     assert {"liver", "spleen"} <= ids(result)
 
 
-def test_opening_the_panel_loads_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["M4oESegmentation", "M4oETraining"])
+def test_opening_the_panel_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
     """In a fresh process; numpy comes with Slicer's own modules, torch and SimpleITK with nothing here."""
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import conftest
 from harness.application import open_module
-open_module(conftest.ROOT / "M4oESegmentation" / "M4oESegmentation.py")
-print(sorted({{"torch", "SimpleITK", "scipy", "nrrd", "m4oe.predictor", "m4oe.client"}} & set(sys.modules)))
+open_module(conftest.ROOT / "{module}" / "{module}.py")
+heavy = {{"torch", "SimpleITK", "scipy", "nrrd", "safetensors", "cc3d", "psutil", "m4oe.predictor", "m4oe.client"}}
+print(sorted(heavy & set(sys.modules)))
 """
     environment = {**os.environ, "M4OE_MODELS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
@@ -901,6 +1004,34 @@ def test_install_lets_pip_replace_nothing(panel: Any, monkeypatch: pytest.Monkey
     assert packages == [str(wanted)]
     assert f"numpy=={np.__version__}" in constraints
     assert "Installed" in panel.ui.doctorText.plainText
+
+
+@pytest.mark.parametrize("before", [None, "mine.txt"])
+def test_the_extension_pytorch_installs_torch_under_constraints_too(
+    before: str | None, panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from urllib.request import urlopen
+
+    seen: list[str] = []
+
+    def install_torch(askConfirmation: bool, torchVersionRequirement: str) -> Any:
+        *others, uri = os.environ["PIP_CONSTRAINT"].split()
+        with urlopen(uri) as file:
+            seen.extend([*others, file.read().decode("utf-8")])
+
+    pytorch = ModuleType("PyTorchUtils")
+    pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
+    pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: False, installTorch=install_torch)
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
+    monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
+    if before:
+        monkeypatch.setenv("PIP_CONSTRAINT", before)
+    panel.ui.installButton.click()
+    *others, constraints = seen
+    assert others == [before] * bool(before)
+    assert f"numpy=={np.__version__}" in constraints and "simpleitk==" in constraints
+    assert os.environ.get("PIP_CONSTRAINT") == before
+    assert "PyTorch was not installed" in dialogs.errors[0]
 
 
 def test_reload_takes_the_package_along(panel: Any) -> None:

@@ -255,6 +255,30 @@ def test_a_segment_is_known_by_its_terminology_whatever_its_name(panel: Any, tmp
     assert {row.split(",")[1] for row in table(tmp_path / "CT_label.csv")[1:]} == {"spleen", "pancreas"}
 
 
+def test_the_scene_is_written_and_known_without_pynrrd(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m4oe.labels import structure
+
+    monkeypatch.setitem(sys.modules, "nrrd", None)
+    node = segment(a_volume("CT"), "Milz")
+    node.GetSegmentation().GetSegment("Milz").SetTerminology(structure("spleen").terminology)
+    panel.ui.sceneFolderEdit.currentPath = str(tmp_path)
+    panel.ui.addSceneButton.click()
+    assert dialogs.errors == []
+    assert [row.split(",")[1] for row in table(tmp_path / "CT_label.csv")[1:]] == ["spleen"]
+
+
+def test_an_evaluation_of_seg_nrrd_begins_without_pynrrd_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from M4oETrainingLib.Evaluation import _checkMeanings
+
+    (tmp_path / "a.seg.nrrd").touch()
+    with pytest.raises(ValueError, match="damaged"):
+        _checkMeanings(tmp_path, "")
+    monkeypatch.setitem(sys.modules, "nrrd", None)
+    _checkMeanings(tmp_path, "")
+
+
 def test_a_structure_that_was_drawn_twice_is_refused(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
     volume = a_volume("CT")
     segment(volume, "liver")
@@ -569,6 +593,20 @@ def test_the_self_tests_of_both_modules_pass(
     monkeypatch.setattr(slicer.modules.m4oetraining, "widgetRepresentation", lambda: widget, raising=False)
     M4oETrainingTest().runTest()
     M4oESegmentationTest().runTest()
+
+
+def test_the_self_test_passes_while_a_training_runs(
+    open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a_run(tmp_path / "run")
+    panel = open_panel("M4oETraining")
+    from M4oETraining import M4oETrainingTest
+
+    panel._view.poll, panel._view.state = lambda: False, "running"
+    widget = SimpleNamespace(self=lambda: panel)
+    monkeypatch.setattr(slicer.modules.m4oetraining, "widgetRepresentation", lambda: widget, raising=False)
+    M4oETrainingTest().runTest()
+    assert panel.ui.pauseButton.enabled
 
 
 def test_no_folder_is_chosen_at_first(panel: Any) -> None:

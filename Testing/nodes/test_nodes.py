@@ -322,6 +322,7 @@ def test_file_written_by_slicer_reads_back_the_same(scene: Any, volume_node: Any
     np.testing.assert_array_equal(segment_array(loaded, "spleen", volume_node), labels == 1)
     spleen = loaded.GetSegmentation().GetSegment("spleen")
     assert (spleen.GetName(), spleen.GetTerminology()) == ("Spleen", structure("spleen").terminology)
+    check_segmentation_node(loaded, volume_node, STRUCTURES.values())  # known as ours, to be replaced
 
 
 def test_label_without_a_structure_is_refused_and_nothing_changes(volume_node: Any, result: Any) -> None:
@@ -347,10 +348,13 @@ def test_result_follows_a_volume_that_was_transformed_later(volume_node: Any, re
     assert result.GetTransformNodeID() == volume_node.GetTransformNodeID()
 
 
-def test_a_segment_of_the_user_with_an_id_of_the_result_is_never_replaced(
-    volume_node: Any, segmentation_node: Any
+@pytest.mark.parametrize("tool", ["", "TotalSegmentator"])
+def test_a_segment_that_m4oe_did_not_make_is_never_replaced(
+    tool: str, volume_node: Any, segmentation_node: Any
 ) -> None:
     drawn = draw_segment(segmentation_node, volume_node, "spleen")
+    if tool:
+        segmentation_node.GetSegmentation().GetSegment("spleen").SetTag("DICOM.SegmentAlgorithmName", tool)
     labels = make_labels(volume_from_node(volume_node).grid)
     with pytest.raises(ValueError, match="'organs' holds spleen, which M4oE did not make"):
         segmentation_to_node(labels, STRUCTURES, segmentation_node, volume_node, "demo 1.0")
