@@ -15,7 +15,7 @@ from m4oe.training.body import CODES, TISSUES
 from m4oe.training.cases import CaseFiles
 from m4oe.training.data import Case, Sampler
 from m4oe.training.phantom import MODALITIES, tissue_signal
-from m4oe.training.synthesis import Synthesiser, preview
+from m4oe.training.synthesis import Synthesiser, _add_cyst, preview
 from scipy import ndimage
 
 STRUCTURES = ("liver", "urinary_bladder", "spleen", "liver_tumor")
@@ -255,6 +255,16 @@ def test_contrast_medium_brightens_the_liver_in_some_cts() -> None:
     inside, _ = drawn(a_synthesiser(), CT, 1)
     native = (60 + 160) / 400
     assert min(inside) < native + 0.05 < max(inside)
+
+
+@pytest.mark.parametrize(("contrast", "bright"), [("mr_t2", True), ("mr_t1", False)])
+def test_a_cyst_is_drawn_beside_the_structures_alone(contrast: str, bright: bool) -> None:
+    image, free = torch.full((3, 40, 40), 0.4), torch.zeros(40, 40, dtype=torch.bool)
+    free[:, 20:] = True
+    _add_cyst(image, free, contrast, 2.5, np.random.default_rng(0))
+    changed = image != 0.4
+    assert changed.any() and not changed[:, :, :20].any()
+    assert bool((image[changed] > 0.4).all()) is bright
 
 
 def test_shape_size_and_place_change_from_image_to_image() -> None:

@@ -44,6 +44,7 @@ _MOVED = (0.6, 0.2, 0.2)  # of an organ's radius, upwards and in the plane: kidn
 _MOVED_MM = (35.0, 15.0, 15.0)  # at most
 _WILD = 0.05  # share of MR images whose tissues have any signal
 _EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
+_CYST = {"ct": (0.38, 0.48), "mr_t1": (0.02, 0.3), "mr_t2": (0.6, 1.0), "mr_t1ce": (0.02, 0.25)}
 _IRON = 0.3  # share of T2 images in which iron makes the liver darker, or liver and spleen
 _IRON_IN = ([CODES["liver"], CODES["liver_vein"]], [CODES["liver"], CODES["liver_vein"], CODES["spleen"]])
 _KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
@@ -184,6 +185,8 @@ class Synthesiser:
         image_SHW = image_SHW.clamp(0, 1) if contrast == "ct" else _scaled(_shaded(image_SHW, rng), rng)
         if contrast == "ct" and rng.random() < 0.6:
             _add_table(image_SHW, body_HW, self.spec.pixel_mm, rng)
+        if rng.random() < 0.12:
+            _add_cyst(image_SHW, body_HW & (found_HW == 0), contrast, self.spec.pixel_mm, rng)
         if rng.random() < 0.12:
             _add_arms(image_SHW, body_HW, self.spec.pixel_mm, rng)
         if atlas.slices_of and rng.random() < 0.12:
@@ -374,6 +377,17 @@ def _add_table(image_SHW: Tensor, body_HW: Tensor, pixel_mm: float, rng: Generat
     top = float(rows[-1]) + rng.uniform(1, 10) - rng.uniform(0, 40) / pixel_mm * (across / 200) ** 2
     board = (line[:, None] > top) & (line[:, None] < top + rng.uniform(1, 6)) & (across.abs() < 230)
     image_SHW.masked_fill_(board & ~body_HW, float(rng.uniform(0, 0.7)))
+
+
+def _add_cyst(image_SHW: Tensor, free_HW: Tensor, contrast: str, pixel_mm: float, rng: Generator) -> None:
+    """A cyst of any size where there is no structure, in place: not all that is large and even is a liver."""
+    pixels = free_HW.nonzero()
+    if len(pixels) == 0:
+        return
+    row, column = pixels[int(rng.integers(len(pixels)))].tolist()
+    line = torch.arange(len(free_HW), device=image_SHW.device)
+    away_HW = torch.hypot((line[:, None] - row) * rng.uniform(0.7, 1.4), line - column + 0.0)
+    image_SHW.masked_fill_((away_HW < rng.uniform(5, 60) / pixel_mm) & free_HW, rng.uniform(*_CYST[contrast]))
 
 
 def _add_arms(image_SHW: Tensor, body_HW: Tensor, pixel_mm: float, rng: Generator) -> None:
