@@ -180,12 +180,16 @@ class Run:
         before = slicer.vtkSegmentation()
         if given is not None:
             before.DeepCopy(given.GetSegmentation())
+            transform, role = given.GetTransformNodeID(), given.GetReferenceImageGeometryReferenceRole()
+            geometry = given.GetNodeReferenceID(role)
         try:
             self._show()
         except Exception:
             for node in self._added:
                 slicer.mrmlScene.RemoveNode(node)
             if given is not None:
+                given.SetAndObserveTransformNodeID(transform)
+                given.SetNodeReferenceID(role, geometry)
                 given.GetSegmentation().DeepCopy(before)
             raise
 

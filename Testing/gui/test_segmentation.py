@@ -756,6 +756,11 @@ def test_a_later_frame_that_cannot_be_shown_leaves_the_chosen_segmentation_as_it
     edited = np.zeros(slicer.util.arrayFromVolume(volume_node).shape, np.uint8)
     edited[3:5, 3:5, 3:5] = 1
     slicer.util.updateSegmentBinaryLabelmapFromArray(edited, node, "liver", volume_node)
+    geometry = node.GetNodeReferenceID(node.GetReferenceImageGeometryReferenceRole())
+    volume_node = add_frames(2)
+    panel.ui.inputSelector.setCurrentNode(volume_node)
+    transform = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode")
+    volume_node.SetAndObserveTransformNodeID(transform.GetID())
     shown = iter((nodes.segmentation_to_node,))
     monkeypatch.setattr(nodes, "segmentation_to_node", lambda *given: next(shown)(*given))
     panel.ui.outputSelector.setCurrentNode(node)
@@ -763,7 +768,9 @@ def test_a_later_frame_that_cannot_be_shown_leaves_the_chosen_segmentation_as_it
     panel.ui.applyButton.click()
     finish(panel)
     assert "The segmentation failed" in dialogs.said[0][1]
-    assert np.array_equal(slicer.util.arrayFromSegmentBinaryLabelmap(node, "liver", volume_node), edited)
+    assert np.array_equal(slicer.util.arrayFromSegmentBinaryLabelmap(node, "liver"), edited)
+    assert node.GetTransformNodeID() is None
+    assert node.GetNodeReferenceID(node.GetReferenceImageGeometryReferenceRole()) == geometry
 
 
 def test_a_model_is_imported_and_chosen(
