@@ -140,6 +140,12 @@ def test_signals_are_connected_by_signatures_that_exist() -> None:
     assert unknown == []
 
 
+def test_what_the_segment_editor_is_asked_for_is_there() -> None:
+    [source] = [path for path in SOURCES if path.name == "Results.py"]
+    asked = re.findall(r"\beditor\.(\w+)\(", source.read_text(encoding="utf-8"))
+    assert asked and set(asked) <= names_of("qMRMLSegmentEditorWidget", "methods")
+
+
 def test_qt_and_ctk_constructors_get_no_keywords() -> None:
     wrong = []
     for path in SOURCES:
