@@ -84,7 +84,7 @@ class M4oESegmentationWidget(Panel):
         self.models = ModelSection(ui, lambda: self.parameters, self.showState)
         self.results = ResultsSection(ui, lambda: self.parameters.result)
         self.worker = WorkerSection(ui, self.logic.client, self.onChanged)
-        self.runs = RunSection(ui, lambda: self.parameters, self._start, self.onChanged, self.worker.listed)
+        self.runs = RunSection(ui, lambda: self.parameters, self._start, self.onChanged, self.worker)
         self.batches = BatchSection(ui, self._choices, self.onChanged)
         self.setupSection = SetupSection(ui, self.onChanged)
 

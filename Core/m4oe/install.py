@@ -49,6 +49,9 @@ REQUIREMENTS = (
 )
 
 
+_OF_TORCH = ("nvidia-", "torchaudio", "torchvision", "triton")
+
+
 @dataclass(frozen=True)
 class Package:
     """An installed package, as its folder of metadata tells it.
@@ -142,6 +145,8 @@ def constraints() -> str:
     see, as Slicer's own VTK, it may not install at all. Free is only what M4oE needs newer and is not Slicer's own.
     """
     versions = _versions()
+    if "torch" not in versions:  # an uninstall leaves what only it needed, and in versions that another torch refuses
+        versions = {name: version for name, version in versions.items() if not name.startswith(_OF_TORCH)}
     free = {same_name(each.name) for each in missing() if not (each.core and in_slicer())}
     lines = [f"{name}=={version}" for name, version in sorted(versions.items()) if name not in free]
     unseen = [each for each in REQUIREMENTS if same_name(each.name) not in versions and is_importable(each.module)]

@@ -91,7 +91,7 @@ def check_segmentation_node(
 
     Raises:
         ValueError: No segmentation node, one whose other segments would move in space because its parent transform
-            is not the volume's, or one that uses an id of the result for a segment that M4oE did not make.
+            is not the volume's, or one that uses an id of the result for a segment not marked as made by M4oE.
     """
     if segmentationNode is None or not segmentationNode.IsA("vtkMRMLSegmentationNode"):
         raise ValueError(f"Expected a segmentation node for the result, got {_describe(segmentationNode)}.")
@@ -104,13 +104,13 @@ def check_segmentation_node(
         )
     if foreign := [name for key in keys if (name := _foreign(segmentationNode, key))]:
         raise ValueError(
-            f"'{segmentationNode.GetName()}' holds {', '.join(foreign)}, which M4oE did not make and the result would "
-            "replace. Choose a new segmentation."
+            f"'{segmentationNode.GetName()}' holds {', '.join(foreign)}, not marked as made by M4oE, which the result "
+            "would replace. Choose a new segmentation."
         )
 
 
 def _foreign(segmentationNode: vtkMRMLSegmentationNode, key: str) -> str:
-    """The name of the segment with this id that M4oE did not make; nothing if there is none."""
+    """The name of the segment with this id that is not marked as made by M4oE; nothing if there is none."""
     segment = segmentationNode.GetSegmentation().GetSegment(key)
     return "" if segment is None or segment.HasTag(MADE_BY) else segment.GetName()
 

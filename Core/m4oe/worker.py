@@ -180,8 +180,8 @@ def _failure(error: Exception) -> dict[str, str]:
     """The error for the other program: its kind and one sentence."""
     text = " ".join(str(error).split())
     if isinstance(error, ImportError):
-        text = f"a Python package is missing or broken ({text}) in {sys.executable}; install it there, "
-        text += "in Slicer with the button Install of M4oE Segmentation, Installation and doctor"
+        text = f"a Python package is missing or broken ({text}) in {sys.executable}; install it there: "
+        text += "for Slicer's own Python press Install in M4oE Segmentation, Installation and doctor"
     elif isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         text = f"the memory ran out ({text}); close other programs, crop the volume, or choose another device"
     elif not isinstance(error, _EXPECTED):

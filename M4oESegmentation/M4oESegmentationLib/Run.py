@@ -177,20 +177,16 @@ class Run:
         if not isInScene(self._volumeNode):  # its ID may be another volume's by now
             raise ValueError(_("The volume was removed while it was being segmented; nothing was changed."))
         given = self._segmentationNode
-        before = slicer.vtkSegmentation()
+        before = slicer.vtkMRMLSegmentationNode()
         if given is not None:
-            before.DeepCopy(given.GetSegmentation())
-            transform, role = given.GetTransformNodeID(), given.GetReferenceImageGeometryReferenceRole()
-            geometry = given.GetNodeReferenceID(role)
+            before.Copy(given)
         try:
             self._show()
         except Exception:
             for node in self._added:
                 slicer.mrmlScene.RemoveNode(node)
             if given is not None:
-                given.SetAndObserveTransformNodeID(transform)
-                given.SetNodeReferenceID(role, geometry)
-                given.GetSegmentation().DeepCopy(before)
+                given.Copy(before)
             raise
 
     def _show(self) -> None:
@@ -281,7 +277,7 @@ class RunSection:
         parameters: Callable[[], Any],
         start: Callable[[], Run],
         changed: Callable[[], None],
-        listed: Callable[[Client], bool],
+        worker: Worker.WorkerSection,
     ) -> None:
         """Connects the widgets.
 
@@ -290,10 +286,10 @@ class RunSection:
             parameters: Gives the panel's parameters, which keep the result.
             start: Begins a run with what is chosen in the panel.
             changed: Called when a run has begun or ended.
-            listed: Whether the devices of a worker are listed; asked after a run until they are.
+            worker: Lists the worker's devices after its first run, before that counts as ended.
         """
         self._ui, self._parameters, self._start, self._changed = ui, parameters, start, changed
-        self._listed, self._over = listed, False
+        self._worker, self._over = worker, False
         self.run: Run | None = None
         ui.applyButton.connect("clicked()", self._apply)
         ui.cancelButton.connect("clicked()", self.cancel)
@@ -306,13 +302,14 @@ class RunSection:
         self._ui.progressBar.value = round(100 * fraction)
         self._ui.statusLabel.text = sentence
         self._over = self._over or self.run.poll()
-        if self._over and (self.run.error is not None or self._listed(self.run.client)):
+        if self._over and (self.run.error is not None or self._worker.askOnce(self.run.client)):
             self._end()
         return self.run is not None
 
     def cancel(self) -> None:
         if self.run is not None:
             self.run.cancel()
+            self._worker.cancel()
 
     def _apply(self) -> None:
         with errorsShown(_("The segmentation could not be started.")):

@@ -134,7 +134,7 @@ class WorkerSection:
         ui.pythonPathEdit.currentPath = setting("python", "")
         ui.hostEdit.text = setting("host", "")
         self._showDevices(())
-        ui.refreshDevicesButton.connect("clicked()", lambda: self._ask())
+        ui.refreshDevicesButton.connect("clicked()", self._ask)
         ui.deviceSelector.connect("activated(int)", self.save)
         ui.workerSelector.connect("activated(int)", self.save)
         ui.pythonPathEdit.connect("currentPathChanged(QString)", self.save)
@@ -155,11 +155,20 @@ class WorkerSection:
         where = self._ui.workerSelector.currentData
         self._ui.pythonPathEdit.enabled, self._ui.hostEdit.enabled = where == PYTHON, where == SSH
 
-    def listed(self, client: Client) -> bool:
-        """Asks a worker that has just done its first run, and so answers at once; whether its devices are listed."""
-        if self._asked is not client:
-            self._ask(client)
+    def askOnce(self, client: Client) -> bool:
+        """Asks a worker that has just done its first run, and so answers at once; whether there is nothing to ask.
+
+        One that the settings do not name any more is not asked.
+        """
+        with errorsShown(_("The worker cannot be asked for its devices.")):
+            if self._asked is not client and self._client() is client:
+                self._ask()
         return self.job is None
+
+    def cancel(self) -> None:
+        """Waits no longer for the answer."""
+        if self.job is not None:
+            self.job.cancel()
 
     def poll(self) -> bool:
         """Shows the devices when the worker has answered; whether it is still asked."""
@@ -173,9 +182,9 @@ class WorkerSection:
         self._changed()
         return False
 
-    def _ask(self, client: Client | None = None) -> None:
+    def _ask(self) -> None:
         with errorsShown(_("The worker cannot be asked for its devices.")):
-            self._asked = client or self._client()
+            self._asked = self._client()
             self.job = self._asked.begin_info()
             self._changed()
 

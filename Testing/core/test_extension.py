@@ -115,3 +115,14 @@ def test_urls_of_pictures_point_into_this_repository() -> None:
     for url in (metadata()["ICONURL"], *metadata()["SCREENSHOTURLS"].split()):
         assert url.startswith(raw)
     assert (ROOT / metadata()["ICONURL"].removeprefix(raw)).is_file()
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("Docs/*.md")]), ids=lambda path: path.name)
+def test_every_link_of_a_page_to_a_file_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)[)#]", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_picture_of_the_pages_is_shown_by_one() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("Docs/*.md")))
+    assert [path.name for path in ROOT.glob("Docs/pictures/*") if f"pictures/{path.name}" not in pages] == []

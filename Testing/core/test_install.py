@@ -84,6 +84,14 @@ def test_constraints_pin_what_is_installed_with_its_label(fake: Install) -> None
     assert pins == ["connected-components-3d==4.1", "neighbour==1.0", "simpleitk==2.5.7", "torch==2.13.0+cpu"]
 
 
+def test_what_an_uninstalled_torch_left_binds_no_other_torch(fake: Install) -> None:
+    fake("nvidia-cublas-cu12", "12.6.4.1", "nvidia")
+    fake("triton", "3.3.0")
+    assert constraints() == ""
+    fake("torch", "2.7.0")
+    assert constraints() == "nvidia-cublas-cu12==12.6.4.1\ntorch==2.7.0\ntriton==3.3.0\n"
+
+
 def test_vtk_that_pip_does_not_know_cannot_be_installed_over(fake: Install) -> None:
     fake("vtk", "")
     assert constraints().startswith("vtk<0 ")

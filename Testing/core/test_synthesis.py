@@ -15,7 +15,8 @@ from m4oe.training.body import CODES, TISSUES
 from m4oe.training.cases import CaseFiles
 from m4oe.training.data import Case, Sampler
 from m4oe.training.phantom import MODALITIES, tissue_signal
-from m4oe.training.synthesis import Synthesiser, _add_cyst, preview
+from m4oe.training import synthesis
+from m4oe.training.synthesis import Synthesiser, preview
 from scipy import ndimage
 
 STRUCTURES = ("liver", "urinary_bladder", "spleen", "liver_tumor")
@@ -251,6 +252,19 @@ def test_what_surrounds_the_liver_is_brighter_in_some_t2_and_darker_in_others(ti
     assert 0.05 < np.mean(signals[:, CODES[tissue]] > signals[:, CODES["liver"]]) < 0.95
 
 
+def test_iron_darkens_livers_of_t2_and_no_muscle(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = [CODES["air"], CODES["liver"], CODES["muscle"]]
+
+    def mean(share: float) -> torch.Tensor:
+        monkeypatch.setattr(synthesis, "_IRON", share)
+        drawn = [synthesis._signals(codes, "mr_t2", np.random.default_rng(seed), 0.0)[0] for seed in range(99)]
+        return torch.stack(drawn).mean(0)
+
+    without, with_iron = mean(0.0), mean(1.0)
+    assert with_iron[1] < 0.8 * without[1]
+    assert torch.allclose(with_iron[2], without[2])
+
+
 def test_contrast_medium_brightens_the_liver_in_some_cts() -> None:
     inside, _ = drawn(a_synthesiser(), CT, 1)
     native = (60 + 160) / 400
@@ -261,7 +275,7 @@ def test_contrast_medium_brightens_the_liver_in_some_cts() -> None:
 def test_a_cyst_is_drawn_beside_the_structures_alone(contrast: str, bright: bool) -> None:
     image, free = torch.full((3, 40, 40), 0.4), torch.zeros(40, 40, dtype=torch.bool)
     free[:, 20:] = True
-    _add_cyst(image, free, contrast, 2.5, np.random.default_rng(0))
+    synthesis._add_cyst(image, free, contrast, 2.5, np.random.default_rng(0))
     changed = image != 0.4
     assert changed.any() and not changed[:, :, :20].any()
     assert bool((image[changed] > 0.4).all()) is bright

@@ -694,6 +694,34 @@ def test_a_scene_closed_while_the_devices_are_asked_for_takes_the_result_along(
     assert [node.GetID() for node in segmentations()] == ids_before and dialogs.errors == []
 
 
+def test_cancel_ends_the_wait_for_devices_that_a_worker_does_not_tell(
+    panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m4oe.jobs import Cancelled, Job
+
+    job: Job[Any] = Job(lambda header, payload: None)
+    job.start(lambda: job.fail(Cancelled("cancelled")))
+    monkeypatch.setattr(warm_client, "begin_info", lambda: job)
+    panel.ui.inputSelector.setCurrentNode(add_volume())
+    panel.ui.applyButton.click()
+    settle(lambda: panel.worker.job is job)
+    assert panel.ui.cancelButton.enabled
+    panel.ui.cancelButton.click()
+    finish(panel)
+    assert panel.parameters.result is not None
+    assert panel.ui.applyButton.enabled
+
+
+def test_a_worker_that_the_settings_no_longer_name_is_not_asked(panel: Any, warm_client: Any) -> None:
+    panel.worker._asked = None
+    panel.logic._client = None
+    panel.ui.workerSelector.currentIndex = panel.ui.workerSelector.findData("ssh")
+    panel.ui.hostEdit.text = "gpu1"
+    panel.worker.save()
+    assert panel.worker.askOnce(warm_client)
+    assert panel.worker.job is None
+
+
 def test_opening_the_panel_starts_no_worker(open_panel: Callable[[str], Any]) -> None:
     assert open_panel("M4oESegmentation").logic._client is None
 
@@ -757,6 +785,7 @@ def test_a_later_frame_that_cannot_be_shown_leaves_the_chosen_segmentation_as_it
     edited[3:5, 3:5, 3:5] = 1
     slicer.util.updateSegmentBinaryLabelmapFromArray(edited, node, "liver", volume_node)
     geometry = node.GetNodeReferenceID(node.GetReferenceImageGeometryReferenceRole())
+    report, name, display = node.GetAttribute("M4oE.report"), node.GetName(), node.GetDisplayNodeID()
     volume_node = add_frames(2)
     panel.ui.inputSelector.setCurrentNode(volume_node)
     transform = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLinearTransformNode")
@@ -771,6 +800,7 @@ def test_a_later_frame_that_cannot_be_shown_leaves_the_chosen_segmentation_as_it
     assert np.array_equal(slicer.util.arrayFromSegmentBinaryLabelmap(node, "liver"), edited)
     assert node.GetTransformNodeID() is None
     assert node.GetNodeReferenceID(node.GetReferenceImageGeometryReferenceRole()) == geometry
+    assert (node.GetAttribute("M4oE.report"), node.GetName(), node.GetDisplayNodeID()) == (report, name, display)
 
 
 def test_a_model_is_imported_and_chosen(

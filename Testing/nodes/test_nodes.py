@@ -356,7 +356,7 @@ def test_a_segment_that_m4oe_did_not_make_is_never_replaced(
     if tool:
         segmentation_node.GetSegmentation().GetSegment("spleen").SetTag("DICOM.SegmentAlgorithmName", tool)
     labels = make_labels(volume_from_node(volume_node).grid)
-    with pytest.raises(ValueError, match="'organs' holds spleen, which M4oE did not make"):
+    with pytest.raises(ValueError, match="'organs' holds spleen, not marked as made by M4oE"):
         segmentation_to_node(labels, STRUCTURES, segmentation_node, volume_node, "demo 1.0")
     assert ids(segmentation_node) == ("spleen",)
     np.testing.assert_array_equal(segment_array(segmentation_node, "spleen", volume_node), drawn)

@@ -44,9 +44,15 @@ _MOVED = (0.6, 0.2, 0.2)  # of an organ's radius, upwards and in the plane: kidn
 _MOVED_MM = (35.0, 15.0, 15.0)  # at most
 _WILD = 0.05  # share of MR images whose tissues have any signal
 _EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
-_CYST = {"ct": (0.38, 0.48), "mr_t1": (0.02, 0.3), "mr_t2": (0.6, 1.0), "mr_t1ce": (0.02, 0.25)}
+_CYST = {  # brightness of the finished image: in CT of water in the window, in MR of fluid
+    "ct": (0.38, 0.48),
+    "mr_t1": (0.02, 0.3),
+    "mr_t2": (0.6, 1.0),
+    "mr_t1ce": (0.02, 0.25),
+}
 _IRON = 0.3  # share of T2 images in which iron makes the liver darker, or liver and spleen
-_IRON_IN = ([CODES["liver"], CODES["liver_vein"]], [CODES["liver"], CODES["liver_vein"], CODES["spleen"]])
+_LIVER = [CODES["liver"], CODES["liver_vein"]]
+_IRON_IN = (_LIVER, [*_LIVER, CODES["spleen"]])
 _KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
 _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
 
