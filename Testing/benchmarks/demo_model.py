@@ -153,7 +153,7 @@ def demo_data(data: Path, config: TrainConfig) -> TrainingData:
     phantoms = phantom_data(config, PHANTOMS, say)
     spec = replace(
         phantoms.spec,
-        version="0.4.0",
+        version="0.5.0",
         description="Demonstration model: 15 abdominal organs on CT and MR.",
         licence="Apache-2.0",
         limits=LIMITS,

@@ -10,12 +10,12 @@ import pytest
 import torch
 from m4oe.geometry import Grid, Volume
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
+from m4oe.training import synthesis
 from m4oe.training.atlas import Atlas, load_atlas, make_atlas, negative_atlas, tissues_of
 from m4oe.training.body import CODES, TISSUES
 from m4oe.training.cases import CaseFiles
 from m4oe.training.data import Case, Sampler
 from m4oe.training.phantom import MODALITIES, tissue_signal
-from m4oe.training import synthesis
 from m4oe.training.synthesis import Synthesiser, preview
 from scipy import ndimage
 
