@@ -117,7 +117,7 @@ def label_meanings(data: Path, path: str) -> dict[int, str]:
 def demo_atlases(data: Path, spec: ModelSpec) -> list[Atlas]:
     """All label maps, and bodies without any of the structures."""
     found = [load_atlas(demo_case(data, source), spec, source.weight) for source in SOURCES]
-    return [*found, *(replace(negative_atlas(seed, spec), weight=0.2) for seed in range(NEGATIVES))]
+    return [*found, *(replace(negative_atlas(seed, spec), weight=0.13) for seed in range(NEGATIVES))]
 
 
 def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:

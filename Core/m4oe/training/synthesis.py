@@ -191,7 +191,7 @@ class Synthesiser:
         image_SHW = image_SHW.clamp(0, 1) if contrast == "ct" else _scaled(_shaded(image_SHW, rng), rng)
         if contrast == "ct" and rng.random() < 0.6:
             _add_table(image_SHW, body_HW, self.spec.pixel_mm, rng)
-        if rng.random() < 0.12:
+        if rng.random() < 0.2:
             _add_cyst(image_SHW, body_HW & (found_HW == 0), contrast, self.spec.pixel_mm, rng)
         if rng.random() < 0.12:
             _add_arms(image_SHW, body_HW, self.spec.pixel_mm, rng)
