@@ -49,7 +49,7 @@ class M4oETrainingLogic(ScriptedLoadableModuleLogic):
 
 
 class M4oETrainingWidget(Panel):
-    """The panel. A timer asks the processes what is new; nothing here waits."""
+    """The panel. A timer asks the processes what is new; where the user has to wait, the cursor says so."""
 
     period = 500
 
@@ -63,7 +63,7 @@ class M4oETrainingWidget(Panel):
         ui, self.logic, self._view, self._plotLayout = self.ui, M4oETrainingLogic(), None, Layout()
         self._data = DataSection(ui, lambda: self.parameters)
         self._devices = DeviceSection(ui)
-        self._estimate = EstimateSection(ui, lambda: self._command("--estimate"))
+        self._estimate = EstimateSection(ui, lambda: self._command("--estimate"), self._choices)
         self._evaluation = EvaluationSection(ui, lambda: self.parameters.labels.strip(), self._plotLayout)
         ui.plotSelector.addItem(_("Loss"), "loss")
         ui.plotSelector.addItem(_("Dice per structure"), "dice")
@@ -94,10 +94,6 @@ class M4oETrainingWidget(Panel):
         Panel.onSceneEndClose(self, caller, event)
 
     # ---- choices
-
-    def onParametersModified(self, caller: Any, event: str) -> None:
-        self._estimate.forget()
-        Panel.onParametersModified(self, caller, event)
 
     def makeParameters(self, node: Any) -> Any:
         from M4oETrainingLib.Parameters import Parameters
@@ -176,6 +172,11 @@ class M4oETrainingWidget(Panel):
         command = Runs.command(self.parameters, self.ui.deviceSelector.currentData, *more)
         Runs.makeWay(self.parameters.runFolder)
         return command
+
+    def _choices(self) -> list[str]:
+        from M4oETrainingLib import Runs
+
+        return Runs.choices(self.parameters, self.ui.deviceSelector.currentData)
 
     def _start(self, folder: str, command: list[str]) -> None:
         from m4oe.training_run import start_run
@@ -290,7 +291,8 @@ class M4oETrainingTest(ScriptedLoadableModuleTest):
         slicer.mrmlScene.Clear(False)
 
     def test_panelOpens(self) -> None:
-        """The panel opens, and offers to pause what is running alone."""
-        widget = slicer.modules.m4oetraining.widgetRepresentation().self()
-        widget.onTimer()
-        self.assertEqual(widget.ui.pauseButton.enabled, getattr(widget._view, "state", "") == "running")
+        """The panel of an empty scene has no data, says the stages, and lets Start say what is missing."""
+        ui = slicer.modules.m4oetraining.widgetRepresentation().self().ui
+        self.assertEqual((ui.dataTable.rowCount, ui.runFolderEdit.currentPath), (0, ""))
+        self.assertIn("dense", ui.stagesLabel.text)
+        self.assertTrue(ui.startButton.enabled)

@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 from .labels import catalogue
 from .names import key_of
 from .spec import ModelSpec
+from .training_run import ERROR
 
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
 
@@ -46,7 +47,7 @@ def say(text: str) -> None:
 
 def say_error(error: object, code: int) -> int:
     """Tells the user an error, and gives back the exit code."""
-    say(f"m4oe: error: {one_line(error)}")
+    say(f"{ERROR}{one_line(error)}")
     return code
 
 

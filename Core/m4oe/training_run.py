@@ -20,7 +20,7 @@ from typing import Any
 
 PAUSE = "pause"  # the file that a run looks for between two steps
 EVENTS = "events.jsonl"
-ERROR = "m4oe: error: "  # begins the line in which a run says why it fails
+ERROR = "m4oe: error: "  # begins the line in which a command says why it fails
 ACTIVE = ("running", "pausing", "stopping")  # states of a run that has a process
 PATIENCE = 60.0  # seconds in which a run has to obey
 _FACTS, _LOG = "run.json", "run.log"
@@ -89,14 +89,19 @@ class Run:
 
         Raises:
             RuntimeError: It does not run.
-            OSError: The folder cannot be written.
+            OSError: The folder cannot be written; it goes on as before.
         """
         if self.state() not in ("running", "pausing", "stopping"):
             raise RuntimeError(
                 f"the run in {self.folder} is {self.state()}; only a running one can be paused or stopped"
             )
-        _write(self.folder, replace(self._facts(), wish=wish, asked=time.time()))
-        (self.folder / PAUSE).touch()
+        facts = self._facts()
+        _write(self.folder, replace(facts, wish=wish, asked=time.time()))
+        try:
+            (self.folder / PAUSE).touch()
+        except OSError as error:
+            _write(self.folder, facts)  # a wish that the run never hears of would have it killed
+            raise _cannot_write(self.folder, error) from error
 
     def stop(self) -> None:
         """Asks it to end, as `pause` does; what it has learned stays.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import qt
 import slicer.util
 from m4oe.labels import structure
+from m4oe.training_run import ERROR
 from M4oESegmentationLib import Worker
 from M4oESegmentationLib.Errors import errorsShown
 from M4oESegmentationLib.Process import Process
@@ -171,7 +172,7 @@ class DataSection:
         self._end(scan)
 
     def _fail(self, why: str) -> None:
-        lines = tuple(f"{self._folder}: {line.removeprefix('m4oe: error: ')}" for line in why.splitlines())
+        lines = tuple(f"{self._folder}: {line.removeprefix(ERROR)}" for line in why.splitlines())
         self._end(_Scan(("0", "", _("cannot be used")), tuple(_("Error: {what}").format(what=line) for line in lines)))
 
     def _end(self, scan: _Scan) -> None:

@@ -36,12 +36,12 @@ class DeviceSection:
         if self._job is None or not self._job.done():
             return
         job = self._job
+        self.stop()
         with errorsShown(_("The devices are not known.")):
             info = job.result()
             if info.problem:
                 raise RuntimeError(info.problem)
             self._show(info.devices)
-        self.stop()
 
     def stop(self) -> None:
         """Ends the worker that was asked."""
@@ -50,9 +50,14 @@ class DeviceSection:
         self._client = self._job = None
 
     def _ask(self) -> None:
+        from m4oe.client import Client
+
+        if self.busy:
+            return
         with errorsShown(_("The devices are not known.")):
-            self._client = Worker.newClient()
+            self._client = Client(Worker.localCommand("worker"), Worker.environment())
             self._job = self._client.begin_info()
+        self._ui.refreshDevicesButton.enabled = not self.busy
 
     def _show(self, devices: Any) -> None:
         Worker.showDevices(self._ui.deviceSelector, devices, Worker.setting("trainingDevice", "auto"))

@@ -16,9 +16,16 @@ from . import Runs
 class EstimateSection:
     """The panel's part for estimates: a button that begins one, or cancels the one under way."""
 
-    def __init__(self, ui: Any, command: Callable[[], list[str]]) -> None:
-        """Connects the widgets; `command` gives that of an estimate with the panel's choices."""
-        self._ui, self._command = ui, command
+    def __init__(self, ui: Any, command: Callable[[], list[str]], choices: Callable[[], list[str]]) -> None:
+        """Connects the widgets.
+
+        Args:
+            ui: The panel's widgets.
+            command: Gives that of an estimate with the panel's choices.
+            choices: Gives those that an estimate depends on.
+        """
+        self._ui, self._command, self._choices = ui, command, choices
+        self._chosen: list[str] = []
         self.process: Process | None = None
         ui.estimateButton.connect("clicked()", self._toggle)
 
@@ -27,7 +34,9 @@ class EstimateSection:
         return self.process is not None
 
     def poll(self) -> None:
-        """Shows the result when it is there."""
+        """Shows the result when it is there, and takes it away when it is for other choices."""
+        if self._ui.estimateLabel.text and self._chosen != self._choices():
+            self.stop()
         if self.process is None or not self.process.done():
             return
         process = self.process
@@ -36,22 +45,17 @@ class EstimateSection:
             self._ui.estimateLabel.text = Runs.estimate(process)
 
     def stop(self) -> None:
-        """Ends the one under way."""
+        """Ends the one under way, and shows none."""
         if self.process is not None:
             self.process.stop()
         self._show(None, "")
-
-    def forget(self) -> None:
-        """Takes away what was found for other choices."""
-        if not self.busy:
-            self._ui.estimateLabel.text = ""
 
     def _toggle(self) -> None:
         if self.busy:
             self.stop()
             return
         with errorsShown(_("There is no estimate.")):
-            process = Process(self._command(), Worker.environment())
+            process, self._chosen = Process(self._command(), Worker.environment()), self._choices()
             self._show(process, _("Prepares the cases and measures a few steps ..."))
 
     def _show(self, process: Process | None, text: str) -> None:

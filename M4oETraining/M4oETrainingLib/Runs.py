@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import slicer.util
 from m4oe.training_run import ACTIVE, ERROR, EVENTS, Run, check_folder
 from M4oESegmentationLib import Models, Worker
 from M4oESegmentationLib.Process import Process
@@ -17,7 +18,7 @@ from slicer.i18n import tr as _
 from . import Data
 
 _CHECKPOINT = "checkpoint.safetensors"
-_PROBE = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('torch') else 3)"
+_PROBE = "from importlib.util import find_spec as f; s = f('torch'); raise SystemExit(0 if s and s.origin else 3)"
 _PREPARED = ("plan.json", "config.json", "data.sha256", EVENTS)  # by an attempt or an estimate, of its choices
 
 
@@ -124,29 +125,34 @@ def command(parameters: Any, device: str, *more: str) -> list[str]:
         raise ValueError(_("Choose a folder for the training."))
     if not parameters.folders:
         raise ValueError(_("Add a data set first: a folder, or the open scene."))
-    words = ["train", *parameters.folders, *Data.options(parameters), "-o", folder, "--device", device, "--json"]
-    words += ["--quick"] if parameters.preset.value == "quick" else ["--preset", parameters.preset.value]
-    words += ["--length", f"{parameters.length:g}", "--name", parameters.name.strip() or "m4oe"]
-    if parameters.baseModel:
-        if not parameters.expert.strip():
-            raise ValueError(_("Name the expert that the model gets under Data, Expert, such as mr_dixon."))
-        words += ["--add-modality", parameters.expert.strip(), "--model", parameters.baseModel]
-    else:
-        words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
-        words += ["--synthesise"] if parameters.synthesise else []
-    whole = Worker.localCommand(*words, *more)
+    if parameters.baseModel and not parameters.expert.strip():
+        raise ValueError(_("Name the expert that the model gets under Data, Expert, such as mr_dixon."))
+    name = parameters.name.strip() or "m4oe"
+    whole = Worker.localCommand("train", *choices(parameters, device), "--name", name, "--json", *more)
     _checkTorch()
     return whole
 
 
+def choices(parameters: Any, device: str) -> list[str]:
+    """What an estimate depends on, as words of the command."""
+    words = [*parameters.folders, *Data.options(parameters), "-o", parameters.runFolder, "--device", device]
+    words += ["--quick"] if parameters.preset.value == "quick" else ["--preset", parameters.preset.value]
+    words += ["--length", f"{parameters.length:g}"]
+    if parameters.baseModel:
+        return [*words, "--add-modality", parameters.expert.strip(), "--model", parameters.baseModel]
+    words += ["--pretrain", str(parameters.pretrain)] if parameters.pretrain else []
+    return [*words, "--synthesise"] if parameters.synthesise else words
+
+
 def _checkTorch() -> None:
-    with suppress(OSError, subprocess.TimeoutExpired):  # a Python that does not even start is told by its start
+    # A Python that does not even start is told by its start.
+    with slicer.util.WaitCursor(), suppress(OSError, subprocess.TimeoutExpired):
         found = subprocess.run(
-            [Worker.python(), "-c", _PROBE],
+            [Worker.python(), "-P", "-c", _PROBE],
             env=Worker.environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=20,
+            timeout=5,
             check=False,
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -188,6 +189,21 @@ def test_a_wish_without_room_for_it_changes_nothing(
     assert not (tmp_path / PAUSE).exists() and not (tmp_path / ".run.json").exists()
     run.stop()
     run.enforce(0)
+
+
+def test_a_wish_that_the_run_cannot_hear_of_changes_nothing(running: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise OSError(errno.EDQUOT, "quota exceeded")
+
+    before = (running.folder / "run.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", refused)
+        with pytest.raises(OSError, match=r"cannot write into .*quota exceeded.*make room"):
+            running.pause()
+    running.enforce(0)
+    assert running.state() == "running" and (running.folder / "run.json").read_bytes() == before
+    running.stop()
+    assert ended(running) == "stopped"
 
 
 def test_time_left_is_that_of_the_steps_left_at_the_pace_of_the_stage() -> None:

@@ -221,6 +221,7 @@ def test_a_run_goes_on_when_the_scene_is_closed_and_is_found_again(
     assert second.ui.runSelector.count == 0 and (run / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint(panel: Any, data: Path, tmp_path: Path) -> None:
     ui, run = panel.ui, tmp_path / "run"
     choose(panel, data, run, 0.1)
@@ -238,6 +239,7 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint(panel: Any, data
     assert len(resumed) == 1 and resumed[0]["stage"] + resumed[0]["step"] > 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs sh and a limit on the size of files")
 def test_a_training_without_room_for_its_files_goes_on_when_there_is(
     panel: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -351,18 +351,100 @@ def test_an_estimate_that_failed_is_told_and_over(panel: Any, dialogs: Dialogs) 
     panel._command = lambda *more: [sys.executable, "-c", "raise SystemExit('no room')"]
     panel.ui.estimateButton.click()
     settle(lambda: panel.onTimer() or not panel._estimate.busy)
-    assert "no room" in dialogs.errors[0] and panel.ui.estimateLabel.text == ""
+    assert "No room" in dialogs.errors[0] and panel.ui.estimateLabel.text == ""
 
 
-def test_an_estimate_goes_when_the_choices_change(panel: Any) -> None:
+def other_length(panel: Any) -> None:
+    panel.ui.lengthSpinBox.value = 3
+
+
+def other_device(panel: Any) -> None:
+    panel.ui.deviceSelector.currentIndex = panel.ui.deviceSelector.findData("mps")
+
+
+def other_scene(panel: Any) -> None:
+    slicer.mrmlScene.Clear(False)
+
+
+@pytest.mark.parametrize("change", [other_length, other_device, other_scene])
+def test_an_estimate_goes_when_a_choice_changes_that_it_depends_on(panel: Any, change: Callable[[Any], None]) -> None:
     panel._command = lambda *more: [sys.executable, "-c", 'print(\'{"seconds": 1, "memory_mib": 1, "gpu_mib": 0}\')']
+    panel.parameters.synthesise = True
     panel.ui.estimateButton.click()
     panel.ui.nameEdit.text = "mine"
-    assert panel.ui.estimateLabel.text.startswith("Prepares the cases")
     settle(lambda: panel.onTimer() or not panel._estimate.busy)
     assert panel.ui.estimateLabel.text.startswith("It takes")
-    panel.ui.lengthSpinBox.value = 3
+    change(panel)
+    panel.onTimer()
     assert panel.ui.estimateLabel.text == ""
+
+
+@pytest.mark.parametrize("change", [other_length, other_device])
+def test_an_estimate_that_runs_is_stopped_when_a_choice_changes(panel: Any, change: Callable[[Any], None]) -> None:
+    panel._command = lambda *more: [sys.executable, "-c", "import time; time.sleep(600)"]
+    panel.ui.estimateButton.click()
+    panel.onTimer()
+    process = panel._estimate.process
+    change(panel)
+    panel.onTimer()
+    assert process._process.wait(60) != 0 and panel.ui.startButton.enabled
+    assert (panel.ui.estimateLabel.text, panel.ui.estimateButton.text) == ("", "Estimate")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Workers that were asked for devices; they fail to tell."""
+    workers: list[Any] = []
+
+    class Asked:
+        def __init__(self, command: list[str], environment: Any) -> None:
+            workers.append(self)
+
+        def begin_info(self) -> Any:
+            return self
+
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> Any:
+            raise RuntimeError("no driver")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("m4oe.client.Client", Asked)
+    return workers
+
+
+def test_devices_are_those_of_this_machine(panel: Any, asked: list[Any], dialogs: Dialogs) -> None:
+    qt.QSettings().setValue("M4oE/worker", "ssh")
+    qt.QSettings().setValue("M4oE/host", "gpu1")
+    panel.ui.refreshDevicesButton.click()
+    assert "This runs on this machine" in dialogs.errors[0]
+    assert asked == [] and panel.ui.refreshDevicesButton.enabled
+
+
+def test_two_clicks_ask_one_worker_for_its_devices(panel: Any, asked: list[Any]) -> None:
+    panel.ui.refreshDevicesButton.click()
+    assert not panel.ui.refreshDevicesButton.enabled
+    panel.ui.refreshDevicesButton.clicked.emit()
+    assert len(asked) == 1
+
+
+def test_that_devices_are_not_known_is_told_once(
+    panel: Any, asked: list[Any], dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def show(text: str) -> None:  # as a box does, during which the timer goes on
+        told.append(text)
+        if len(told) < 3:
+            panel.onTimer()
+
+    monkeypatch.setattr(slicer.util, "errorDisplay", show)
+    panel.ui.refreshDevicesButton.click()
+    panel.onTimer()
+    assert told == ["The devices are not known.\n\nNo driver"]
 
 
 def test_an_evaluation_is_not_mixed_with_an_earlier_one(panel: Any, tmp_path: Path, dialogs: Dialogs) -> None:
@@ -500,6 +582,7 @@ def test_a_training_that_has_begun_keeps_its_choices(
     assert commands == [["m4oe"]]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs sh")
 @pytest.mark.parametrize(
     ("place", "told"),
     [
@@ -513,6 +596,11 @@ def test_without_pytorch_a_start_says_how_to_get_it_and_leaves_no_folder(
     bare = tmp_path / "bare"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n', encoding="utf-8")  # without site-packages
     bare.chmod(0o700)
+    for package in ("here/torch/__init__.py", "left/torch/lib/nothing"):  # neither can be imported as torch
+        (tmp_path / package).parent.mkdir(parents=True)
+    (tmp_path / "here" / "torch" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "left"))
     monkeypatch.setattr("shutil.which", lambda name: str(bare))
     qt.QSettings().setValue("M4oE/worker", place)
     qt.QSettings().setValue("M4oE/python", str(bare))
@@ -520,6 +608,22 @@ def test_without_pytorch_a_start_says_how_to_get_it_and_leaves_no_folder(
     panel.ui.startButton.click()
     assert told in dialogs.errors[0] and commands == []
     assert not (tmp_path / "run").exists() and panel.ui.runSelector.count == 0
+
+
+def test_while_pytorch_is_sought_the_cursor_says_so(
+    panel: Any, tmp_path: Path, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def seek(*words: Any, **named: Any) -> Any:
+        shapes.append(qt.QApplication.overrideCursor().shape())
+        return SimpleNamespace(returncode=3)
+
+    started(panel, monkeypatch, tmp_path / "run")
+    monkeypatch.setattr("subprocess.run", seek)
+    panel.ui.startButton.click()
+    assert shapes == [qt.Qt.WaitCursor] and qt.QApplication.overrideCursor() is None
+    assert "has no PyTorch" in dialogs.errors[0]
 
 
 @pytest.mark.parametrize(("name", "number"), [("run.log", errno.EROFS), (".run.json", errno.ENOSPC)])
@@ -603,6 +707,7 @@ def test_the_self_test_passes_while_a_training_runs(
     from M4oETraining import M4oETrainingTest
 
     panel._view.poll, panel._view.state = lambda: False, "running"
+    panel.onTimer()
     widget = SimpleNamespace(self=lambda: panel)
     monkeypatch.setattr(slicer.modules.m4oetraining, "widgetRepresentation", lambda: widget, raising=False)
     M4oETrainingTest().runTest()

@@ -42,9 +42,12 @@ class M4oEExtensionTest(unittest.TestCase):
         self.assertFalse(panel.ui.applyButton.enabled)
         panel.cleanup()
 
-    def test_the_panel_of_the_training_opens(self) -> None:
+    def test_the_panel_of_the_training_opens_with_models_and_no_data(self) -> None:
         panel = slicer.modules.m4oetraining.createNewWidgetRepresentation().self()
-        self.assertFalse(panel.ui.pauseButton.enabled and panel._view is None)
+        self.assertGreater(panel.ui.baseModelSelector.count, 1)
+        self.assertEqual(panel.ui.dataTable.rowCount, 0)
+        self.assertIn("dense", panel.ui.stagesLabel.text)
+        self.assertTrue(panel.ui.startButton.enabled)
         panel.cleanup()
 
     @needs_torch
