@@ -19,7 +19,7 @@ from . import __version__
 from .bundle import add_bundle_command
 from .data_commands import add_data_commands
 from .doctor import add_doctor_command
-from .labels import structure
+from .labels import did_you_mean, structure
 from .segment_command import (
     FORMATS,
     Voice,
@@ -68,9 +68,28 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt(128 + number)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses an unknown option with the usage of its command, and says what looks like an unknown word."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            hinted = [word + (did_you_mean(word, known) if word.startswith("--") else "") for word in unknown]
+            self.error(f"unrecognized arguments: {' '.join(hinted)}")
+        return options, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices or ()))
+            raise
+
+
 def _parser() -> argparse.ArgumentParser:
     purpose = "Segments organs and lesions in CT and MR. Research use, not a medical device."
-    parser = argparse.ArgumentParser(prog="m4oe", description=purpose)
+    parser = _Parser(prog="m4oe", description=purpose)
     parser.add_argument("--version", action="version", version=f"m4oe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -517,6 +517,42 @@ def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: Capture
     assert "usage: m4oe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "usage", "hint"),
+    [
+        ("segment x -o y --previw", "m4oe segment", "--previw (did you mean --preview?)"),
+        ("segment x -o y --fromat dcm", "m4oe segment", "--fromat (did you mean --format?) dcm"),
+        ("data scan x --jsn y", "m4oe data scan", "--jsn (did you mean --json?)"),
+        ("segment x -o y --format dicm", "m4oe segment", "(did you mean dcm?)"),
+        ("segmnt x -o y", "m4oe", "(did you mean segment?)"),
+        ("models --tongue", "m4oe models", "unrecognized arguments: --tongue\n"),
+    ],
+)
+def test_a_misspelled_word_gets_the_usage_of_its_command_and_what_it_may_mean(
+    line: str, usage: str, hint: str, capsys: Captured
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: {usage} [-h]") and hint in said
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ("--structures leftkidney", "structure leftkidney (did you mean kidney_left?) is unknown"),
+        ("--expert t2", "expert 't2' is unknown (did you mean mr_t2?)"),
+        ("--model m4oe_demo", "model 'm4oe_demo' is not installed (did you mean m4oe-demo?)"),
+    ],
+)
+def test_a_misspelled_structure_expert_or_model_is_told_what_it_may_mean(
+    options: str, hint: str, tmp_path: Path, capsys: Captured
+) -> None:
+    source = saved(tmp_path / "CT.nii.gz")
+    assert main(["segment", str(source), "-o", str(tmp_path / "out"), *options.split()]) == 2
+    assert hint in the_error(capsys)
+
+
 def test_without_vtk_a_preview_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['vtkmodules'] = None; from m4oe.__main__ import main; sys.exit(main())"
     arguments = ["segment", saved(tmp_path / "CT.nii.gz"), "-o", tmp_path / "out", "--model", model]
