@@ -148,6 +148,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     labels = _meanings(options.predicted_labels) or truth_labels
     jobs = options.jobs or min(4, os.cpu_count() or 1)
     pairs = [pair_files(place, options.truth) for place in places]
+    is_new = not options.output.exists()
     prepare_folder(options.output)
     evaluations = []
     for place, name, paired in zip(places, _model_names(places), pairs, strict=True):
@@ -160,6 +161,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         for note in evaluations[-1].notes:
             say(f"m4oe: warning: {name}: {note}")
         if not evaluations[-1].scores:
+            if is_new:
+                options.output.rmdir()
             return say_error(f"nothing in {place} could be scored against {options.truth}", 1)
     summary = write_evaluation(options.output, evaluations, options.truth, rules)
     print("\n".join(map(score_table, summary["models"])))

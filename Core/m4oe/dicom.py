@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,22 +44,25 @@ def write_dicom_seg(
     numbers[present] = range(1, len(present) + 1)
     try:
         images = [pydicom.dcmread(file) for file in dicom_files(source)]
-        segmentation = highdicom.seg.Segmentation(
-            source_images=images,
-            pixel_array=numbers[labels.array],
-            segmentation_type="BINARY",
-            segment_descriptions=[
-                _description(number, structures[value], model, version) for number, value in enumerate(present, start=1)
-            ],
-            series_instance_uid=highdicom.UID(),
-            series_number=300,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="M4oE",
-            manufacturer_model_name=model,
-            software_versions=version,
-            device_serial_number="0",
-        )
+        with warnings.catch_warnings():  # patients of public data have numbers for names
+            warnings.filterwarnings("ignore", "The string .* is unlikely to represent the intended person")
+            segmentation = highdicom.seg.Segmentation(
+                source_images=images,
+                pixel_array=numbers[labels.array],
+                segmentation_type="BINARY",
+                segment_descriptions=[
+                    _description(number, structures[value], model, version)
+                    for number, value in enumerate(present, start=1)
+                ],
+                series_instance_uid=highdicom.UID(),
+                series_number=300,
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer="M4oE",
+                manufacturer_model_name=model,
+                software_versions=version,
+                device_serial_number="0",
+            )
         segmentation.SeriesDescription = f"{model} {version}"[:64]
     except (AttributeError, KeyError, TypeError, ValueError, pydicom.errors.InvalidDicomError) as error:
         raise ValueError(f"no DICOM SEG can be made of {source}: {error}; choose another format") from error

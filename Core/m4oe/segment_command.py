@@ -409,7 +409,7 @@ def _is_named(case: _Case, options: argparse.Namespace) -> bool:
 
 def read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
     """The volume, with a warning where it seems to be a label map; of a DICOM file the series that it belongs to."""
-    from .files import is_dicom, is_label_map, read_series, read_volume
+    from .files import count_frames, is_dicom, is_label_map, read_series, read_volume
 
     target = options.output / f"{name}.{options.format}"
     if target.exists() and target.samefile(path):
@@ -419,7 +419,10 @@ def read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
             f"{path} is not DICOM, and DICOM SEG needs the series it was made of; choose another format (--format)"
         )
     volume = read_series(path) if path.is_file() and is_dicom(path) else read_volume(path, options.frame)
-    return replace(volume, warnings=(*volume.warnings, _LABEL_MAP)) if is_label_map(path, volume) else volume
+    added = (_LABEL_MAP,) if is_label_map(path, volume) else ()
+    if options.frame and count_frames(path) == 1:
+        added += (f"It has one frame, which was taken; there is no frame {options.frame}.",)
+    return replace(volume, warnings=(*volume.warnings, *added))
 
 
 def segment_volume(

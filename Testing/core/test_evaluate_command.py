@@ -283,6 +283,27 @@ def test_what_cannot_be_carried_out_writes_nothing(
     assert message in error and not (tmp_path / "out").exists()
 
 
+def test_a_file_that_finds_no_partner_is_told_how_to_name_it_and_leaves_no_folder(
+    evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named(tmp_path / "pred" / "scan.nii.gz", organs())
+    truth = named(tmp_path / "scan_by_me.nii.gz", organs())
+    assert evaluate("pred", truth.name) == 1
+    assert "expected scan_by_me.seg.nrrd, scan_by_me_label.nii.gz or the like; rename it, or give" in errors(capsys)[0]
+    assert not (tmp_path / "out").exists()
+    assert evaluate("pred/scan.nii.gz", truth.name) == 0
+    truth.rename(tmp_path / "scan_label.nii.gz")
+    truth.with_name("scan_by_me.csv").rename(tmp_path / "scan_label.csv")
+    assert evaluate("pred", "scan_label.nii.gz") == 0
+
+
+def test_an_empty_folder_for_the_results_stays(evaluate: Command, tmp_path: Path) -> None:
+    named(tmp_path / "pred" / "a.nii.gz", organs())
+    named(tmp_path / "b.nii.gz", organs())
+    (tmp_path / "out").mkdir()
+    assert evaluate("pred", "b.nii.gz") == 1 and (tmp_path / "out").is_dir()
+
+
 def test_a_folder_without_label_maps_is_refused(
     evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

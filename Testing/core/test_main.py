@@ -171,7 +171,16 @@ def test_a_frame_is_chosen_in_4d_volumes_and_3d_ones_have_but_one(segment: Comma
     saved(tmp_path / "in" / "CT.nrrd")
     a_series(tmp_path / "in" / "scan")
     assert segment(tmp_path / "in", "--frame", "2") == 0
-    assert set(reports(tmp_path / "out")) == {"CT", "scan", "time"}
+    said = {case: "there is no frame 2" in str(entry["warnings"]) for case, entry in reports(tmp_path / "out").items()}
+    assert said == {"CT": True, "scan": True, "time": False}
+
+
+@pytest.mark.parametrize(("frame", "warned"), [("-1", True), ("0", False)])
+def test_a_frame_that_a_volume_has_not_is_told(
+    segment: Command, tmp_path: Path, capsys: Captured, frame: str, warned: bool
+) -> None:
+    assert segment(saved(tmp_path / "CT.nii.gz"), f"--frame={frame}") == 0
+    assert (f"It has one frame, which was taken; there is no frame {frame}." in capsys.readouterr().err) is warned
 
 
 def test_a_later_run_keeps_the_rows_of_the_earlier_one(segment: Command, tmp_path: Path) -> None:
