@@ -206,7 +206,9 @@ def _models(options: argparse.Namespace) -> int:
     for path in paths:
         try:
             spec = read_spec(path)
-            kind = f"{count(len(spec.structures), 'structure')}, experts {', '.join(spec.expert_names)}"
+            lesions = sum(structure(key).kind == "lesion" for key in spec.structures)
+            kinds = [count(len(spec.structures) - lesions, "structure"), *([count(lesions, "lesion")] if lesions else [])]
+            kind = f"{' and '.join(kinds)}, experts {', '.join(spec.expert_names)}"
             print(f"{path.stem}  version {spec.version}, {kind}, {path.stat().st_size / 1e6:.1f} MB  {path}")
         except ValueError as error:
             code = say_error(error, 1)

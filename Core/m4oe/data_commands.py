@@ -108,7 +108,7 @@ def _export(options: argparse.Namespace) -> int:
     total = sum(len(dataset.cases) for dataset in datasets)
     written = list(_progress("export", total, export(datasets, splits, options.output, options.format)))
     for folder in dict.fromkeys(folder for _, folder in written):
-        print(f"{sum(place == folder for _, place in written)} cases: {folder}")
+        print(f"{count(sum(place == folder for _, place in written), 'case')}: {folder}")
     return 0
 
 
@@ -148,11 +148,11 @@ def _describe(dataset: DataSet, reports: Sequence[CaseReport]) -> str:
     from .training.check import histogram
 
     cases = dataset.cases
-    counts = [f"{len(cases)} cases", f"{sum(case.label is not None for case in cases)} with label"]
+    counts = [count(len(cases), "case"), f"{sum(case.label is not None for case in cases)} with label"]
     counts += _counts(case.modality or "of unknown modality" for case in cases)
     lines = [
         f"{dataset.name}  {dataset.layout}  {dataset.folder}",
-        f"  {', '.join(counts)}; {_patients(dataset)} patients; licence: {_licence(dataset)}",
+        f"  {', '.join(counts)}; {count(_patients(dataset), 'patient')}; licence: {_licence(dataset)}",
     ]
     if experts := _counts(case.expert for case in cases if case.expert):
         lines.append(f"  experts: {', '.join(experts)}")

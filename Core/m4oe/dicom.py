@@ -1,4 +1,4 @@
-"""Segmentations as DICOM SEG, beside the series that they were made of."""
+"""Segmentations as DICOM SEG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .files import atomic_write, dicom_files
-from .geometry import Volume
+from .geometry import LPS, Grid, Volume
 from .labels import Code, structure
 
 
@@ -68,6 +68,31 @@ def write_dicom_seg(
         raise ValueError(f"no DICOM SEG can be made of {source}: {error}; choose another format") from error
     with atomic_write(path) as temporary:
         segmentation.save_as(temporary)
+
+
+def read_dicom_seg(path: Path) -> tuple[Volume, dict[int, tuple[str, str]]]:
+    """Reads a DICOM SEG without overlaps; slices without any segment may be missing at both ends.
+
+    Returns:
+        The numbers of the segments as labels, and by number the tracking ID and the label of each.
+
+    Raises:
+        ValueError: highdicom is missing, or the file is no such DICOM SEG.
+    """
+    try:
+        import highdicom
+        import pydicom
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package highdicom ({error}): pip install highdicom") from error
+    try:
+        segmentation = highdicom.seg.segread(path)
+        volume = segmentation.get_volume(combine_segments=True)
+        about = [segmentation.get_segment_description(number) for number in segmentation.segment_numbers]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, pydicom.errors.InvalidDicomError) as error:
+        raise ValueError(f"Cannot read {path} as DICOM SEG: {error}") from error
+    affine = LPS @ volume.affine[:, [2, 1, 0, 3]]
+    names = {each.segment_number: (each.tracking_id or "", each.segment_label) for each in about}
+    return Volume(volume.array, Grid(volume.array.shape, affine)), names
 
 
 def _description(number: int, key: str, model: str, version: str) -> Any:

@@ -203,7 +203,9 @@ def _by_case(place: Path, notes: list[str]) -> dict[str, list[Path]]:
 
 def _rank(path: Path) -> int:
     """How surely a file is a label map, among those of a case."""
-    return 2 if path.name.lower().endswith(".seg.nrrd") else int(bool(_MARK.search(_CHANNEL.sub("", file_stem(path)))))
+    name = path.name.lower()
+    is_marked = name.endswith(".dcm") or _MARK.search(_CHANNEL.sub("", file_stem(path)))
+    return 2 if name.endswith(".seg.nrrd") else int(bool(is_marked))
 
 
 def _score_files(task: _Task) -> _Result:
@@ -227,7 +229,7 @@ def _score_files(task: _Task) -> _Result:
 
 
 def _uncropped(path: Path, volume: Volume, other: Volume) -> Volume:
-    return uncropped(volume, other) if path.name.lower().endswith(".seg.nrrd") else volume
+    return uncropped(volume, other) if path.name.lower().endswith((".seg.nrrd", ".dcm")) else volume
 
 
 def _cell(value: Any) -> str:
