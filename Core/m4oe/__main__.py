@@ -207,7 +207,10 @@ def _models(options: argparse.Namespace) -> int:
         try:
             spec = read_spec(path)
             lesions = sum(structure(key).kind == "lesion" for key in spec.structures)
-            kinds = [count(len(spec.structures) - lesions, "structure"), *([count(lesions, "lesion")] if lesions else [])]
+            kinds = [
+                count(len(spec.structures) - lesions, "structure"),
+                *([count(lesions, "lesion")] if lesions else []),
+            ]
             kind = f"{' and '.join(kinds)}, experts {', '.join(spec.expert_names)}"
             print(f"{path.stem}  version {spec.version}, {kind}, {path.stat().st_size / 1e6:.1f} MB  {path}")
         except ValueError as error:
