@@ -471,7 +471,7 @@ def draw(
     from .preview import write_preview
 
     title = f"{name}   {report.model}   {_experts(report)}"
-    write_preview(options.output / f"{name}.png", volume, labels, predictor.spec.label_keys, title)
+    write_preview(options.output / f"{name}.png", volume, labels, predictor.spec.label_keys, title, report.flags)
 
 
 # The tables
