@@ -419,7 +419,7 @@ def read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
             f"{path} is not DICOM, and DICOM SEG needs the series it was made of; choose another format (--format)"
         )
     volume = read_series(path) if path.is_file() and is_dicom(path) else read_volume(path, options.frame)
-    added = (_LABEL_MAP,) if is_label_map(path, volume) else ()
+    added: tuple[str, ...] = (_LABEL_MAP,) if is_label_map(path, volume) else ()
     if options.frame and count_frames(path) == 1:
         added += (f"It has one frame, which was taken; there is no frame {options.frame}.",)
     return replace(volume, warnings=(*volume.warnings, *added))
