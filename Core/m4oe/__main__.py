@@ -19,7 +19,7 @@ from . import __version__
 from .bundle import add_bundle_command
 from .data_commands import add_data_commands
 from .doctor import add_doctor_command
-from .labels import structure
+from .labels import did_you_mean, structure
 from .segment_command import (
     FORMATS,
     Voice,
@@ -68,9 +68,28 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt(128 + number)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses an unknown option with the usage of its command, and says what looks like an unknown word."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            hinted = [word + (did_you_mean(word, known) if word.startswith("--") else "") for word in unknown]
+            self.error(f"unrecognized arguments: {' '.join(hinted)}")
+        return options, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices or ()))
+            raise
+
+
 def _parser() -> argparse.ArgumentParser:
     purpose = "Segments organs and lesions in CT and MR. Research use, not a medical device."
-    parser = argparse.ArgumentParser(prog="m4oe", description=purpose)
+    parser = _Parser(prog="m4oe", description=purpose)
     parser.add_argument("--version", action="version", version=f"m4oe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -129,6 +148,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     labels = _meanings(options.predicted_labels) or truth_labels
     jobs = options.jobs or min(4, os.cpu_count() or 1)
     pairs = [pair_files(place, options.truth) for place in places]
+    is_new = not options.output.exists()
     prepare_folder(options.output)
     evaluations = []
     for place, name, paired in zip(places, _model_names(places), pairs, strict=True):
@@ -141,6 +161,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         for note in evaluations[-1].notes:
             say(f"m4oe: warning: {name}: {note}")
         if not evaluations[-1].scores:
+            if is_new:
+                options.output.rmdir()
             return say_error(f"nothing in {place} could be scored against {options.truth}", 1)
     summary = write_evaluation(options.output, evaluations, options.truth, rules)
     print("\n".join(map(score_table, summary["models"])))
@@ -184,7 +206,12 @@ def _models(options: argparse.Namespace) -> int:
     for path in paths:
         try:
             spec = read_spec(path)
-            kind = f"{count(len(spec.structures), 'structure')}, experts {', '.join(spec.expert_names)}"
+            lesions = sum(structure(key).kind == "lesion" for key in spec.structures)
+            kinds = [
+                count(len(spec.structures) - lesions, "structure"),
+                *([count(lesions, "lesion")] if lesions else []),
+            ]
+            kind = f"{' and '.join(kinds)}, experts {', '.join(spec.expert_names)}"
             print(f"{path.stem}  version {spec.version}, {kind}, {path.stat().st_size / 1e6:.1f} MB  {path}")
         except ValueError as error:
             code = say_error(error, 1)

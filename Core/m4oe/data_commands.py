@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .terminal import count
+
 if TYPE_CHECKING:
     from .training.cases import DataSet, Finding
     from .training.check import CaseReport
@@ -49,10 +51,10 @@ def add_data_commands(commands: Any) -> None:
 
 
 def add_sources(
-    parser: argparse.ArgumentParser, sources: str = "data set, or folder that holds some", count: str = "+"
+    parser: argparse.ArgumentParser, sources: str = "data set, or folder that holds some", nargs: str = "+"
 ) -> None:
     """Adds the folders of data sets to a command, and what to say of data of your own."""
-    parser.add_argument("folders", nargs=count, type=Path, metavar="FOLDER", help=sources)
+    parser.add_argument("folders", nargs=nargs, type=Path, metavar="FOLDER", help=sources)
     parser.add_argument("--labels", metavar="FILE", help="of your own data: CSV, JSON, or 1=liver,2=spleen,3-9=-")
     parser.add_argument("--modality", choices=("CT", "MR"), help="of your own data")
     parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_dixon")
@@ -89,7 +91,11 @@ def plan_folders(options: argparse.Namespace, path: Path, **shares: Any) -> Plan
         print(f"{dataset.name}: {counts}, {len(dataset.cases) - len(found)} unlabelled; licence: {_licence(dataset)}")
     for case, reason in plan.left_out.items():
         print(f"  left out  {case}: {reason}")
-    print("\n".join([*_finding_lines(findings), f"{len(plan.structures)} structures: {', '.join(plan.structures)}"]))
+    print(
+        "\n".join(
+            [*_finding_lines(findings), f"{count(len(plan.structures), 'structure')}: {', '.join(plan.structures)}"]
+        )
+    )
     print(f"plan: {path}", flush=True)
     return plan
 
@@ -108,7 +114,7 @@ def _export(options: argparse.Namespace) -> int:
     total = sum(len(dataset.cases) for dataset in datasets)
     written = list(_progress("export", total, export(datasets, splits, options.output, options.format)))
     for folder in dict.fromkeys(folder for _, folder in written):
-        print(f"{sum(place == folder for _, place in written)} cases: {folder}")
+        print(f"{count(sum(place == folder for _, place in written), 'case')}: {folder}")
     return 0
 
 
@@ -148,17 +154,17 @@ def _describe(dataset: DataSet, reports: Sequence[CaseReport]) -> str:
     from .training.check import histogram
 
     cases = dataset.cases
-    counts = [f"{len(cases)} cases", f"{sum(case.label is not None for case in cases)} with label"]
+    counts = [count(len(cases), "case"), f"{sum(case.label is not None for case in cases)} with label"]
     counts += _counts(case.modality or "of unknown modality" for case in cases)
     lines = [
         f"{dataset.name}  {dataset.layout}  {dataset.folder}",
-        f"  {', '.join(counts)}; {_patients(dataset)} patients; licence: {_licence(dataset)}",
+        f"  {', '.join(counts)}; {count(_patients(dataset), 'patient')}; licence: {_licence(dataset)}",
     ]
     if experts := _counts(case.expert for case in cases if case.expert):
         lines.append(f"  experts: {', '.join(experts)}")
     annotated = dict.fromkeys(key for case in cases if case.label for key in case.annotated)
     found = {key: sum(key in report.volumes_ml for report in reports) for key in annotated}
-    lines.append(f"  structures (in cases): {', '.join(f'{key} {count}' for key, count in found.items()) or 'none'}")
+    lines.append(f"  structures (in cases): {', '.join(f'{key} {number}' for key, number in found.items()) or 'none'}")
     lines += _histograms(reports, histogram)
     findings = [*dataset.findings, *(finding for report in reports for finding in report.findings)]
     return "\n".join([*lines, *_finding_lines(findings)])

@@ -1,7 +1,8 @@
-"""Segmentations as DICOM SEG, beside the series that they were made of."""
+"""Segmentations as DICOM SEG."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .files import atomic_write, dicom_files
-from .geometry import Volume
+from .geometry import LPS, Grid, Volume
 from .labels import Code, structure
 
 
@@ -43,27 +44,55 @@ def write_dicom_seg(
     numbers[present] = range(1, len(present) + 1)
     try:
         images = [pydicom.dcmread(file) for file in dicom_files(source)]
-        segmentation = highdicom.seg.Segmentation(
-            source_images=images,
-            pixel_array=numbers[labels.array],
-            segmentation_type="BINARY",
-            segment_descriptions=[
-                _description(number, structures[value], model, version) for number, value in enumerate(present, start=1)
-            ],
-            series_instance_uid=highdicom.UID(),
-            series_number=300,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="M4oE",
-            manufacturer_model_name=model,
-            software_versions=version,
-            device_serial_number="0",
-        )
+        with warnings.catch_warnings():  # patients of public data have numbers for names
+            warnings.filterwarnings("ignore", "The string .* is unlikely to represent the intended person")
+            segmentation = highdicom.seg.Segmentation(
+                source_images=images,
+                pixel_array=numbers[labels.array],
+                segmentation_type="BINARY",
+                segment_descriptions=[
+                    _description(number, structures[value], model, version)
+                    for number, value in enumerate(present, start=1)
+                ],
+                series_instance_uid=highdicom.UID(),
+                series_number=300,
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer="M4oE",
+                manufacturer_model_name=model,
+                software_versions=version,
+                device_serial_number="0",
+            )
         segmentation.SeriesDescription = f"{model} {version}"[:64]
     except (AttributeError, KeyError, TypeError, ValueError, pydicom.errors.InvalidDicomError) as error:
         raise ValueError(f"no DICOM SEG can be made of {source}: {error}; choose another format") from error
     with atomic_write(path) as temporary:
         segmentation.save_as(temporary)
+
+
+def read_dicom_seg(path: Path) -> tuple[Volume, dict[int, tuple[str, str]]]:
+    """Reads a DICOM SEG without overlaps; slices without any segment may be missing at both ends.
+
+    Returns:
+        The numbers of the segments as labels, and by number the tracking ID and the label of each.
+
+    Raises:
+        ValueError: highdicom is missing, or the file is no such DICOM SEG.
+    """
+    try:
+        import highdicom
+        import pydicom
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package highdicom ({error}): pip install highdicom") from error
+    try:
+        segmentation = highdicom.seg.segread(path)
+        volume = segmentation.get_volume(combine_segments=True)
+        about = [segmentation.get_segment_description(number) for number in segmentation.segment_numbers]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, pydicom.errors.InvalidDicomError) as error:
+        raise ValueError(f"Cannot read {path} as DICOM SEG: {error}") from error
+    affine = LPS @ volume.affine[:, [2, 1, 0, 3]]
+    names = {each.segment_number: (each.tracking_id or "", each.segment_label) for each in about}
+    return Volume(volume.array, Grid(volume.array.shape, affine)), names
 
 
 def _description(number: int, key: str, model: str, version: str) -> Any:

@@ -36,6 +36,8 @@ _LITTLE_MEMORY_GB, _SOME_MEMORY_GB = 2.0, 4.0
 _DRIVERS = {"11": ("450.80", "452.39"), "12": ("525.60", "528.33"), "13": ("580", "580")}  # Linux, Windows
 _SLICERS_OWN = ("numpy", "SimpleITK", "vtk")
 _A_DAY = 86400.0
+_FOLDERS = re.compile(r"""(?<![\w/\\.:])(?:~|[A-Za-z]:|[\\/])?[\\/](?:[^\s\\/,;:"'][^\\/\n,;:"']*[\\/])+""")
+_PROXY_HOST = re.compile(r"(?i)(_proxy=(?:\w+://)?)[^\s,:/]+")
 _ANSWER = "m4oe-doctor:"
 _PROBE = f"""
 import importlib, json, sys
@@ -117,7 +119,7 @@ def examine() -> tuple[Finding, ...]:
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """The findings as text to send to somebody: without the user's name and the place of the home folder."""
+    """The findings as text to post: without the user, the proxy's name and all of a path but its end."""
     findings = list(findings)
     lines = [f"M4oE {__version__} on {platform.platform()}{', in Slicer' if in_slicer() else ''}"]
     for finding in findings:
@@ -137,6 +139,7 @@ def _anonymous(text: str) -> str:
     if len(home) > 1:
         text = re.sub(rf"{re.escape(home)}(?=[\\/\s,;:)]|$)", "~", text, flags=re.IGNORECASE)
     text = re.sub(r"(?:[A-Za-z]:)?[\\/](?:home|Users)[\\/][^\\/\s,;:]+", "~", text, flags=re.IGNORECASE)
+    text = _PROXY_HOST.sub(r"\1HOST", _FOLDERS.sub(".../", text))
     try:
         name = getpass.getuser()
     except (KeyError, OSError, ImportError):  # as above
@@ -254,7 +257,8 @@ def _gpu(about: Mapping[str, Any], gpus: Sequence[_Gpu]) -> Finding:
     if about["gpus"]:
         return _architecture(about, names)
     if not gpus:
-        return Finding("GPU", "ok", "none of NVIDIA; M4oE computes on the CPU, or on Apple's GPU")
+        apple = ", or on Apple's GPU" if sys.platform == "darwin" else ""
+        return Finding("GPU", "ok", f"none of NVIDIA; M4oE computes on the CPU{apple}")
     if not about["cuda"]:
         cure = "for speed take a torch with CUDA; in Slicer: extension PyTorch, uninstall, install"
         return Finding("GPU", "note", f"{names}, which this torch for CPUs cannot use", cure)

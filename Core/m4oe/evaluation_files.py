@@ -100,7 +100,8 @@ def pair_files(predicted: Path, truth: Path) -> Pairs:
             listed = ", ".join(str(path) for path in (*paths, *candidates))
             pairs.problems[case] = f"several files belong to this case, keep one prediction and one truth: {listed}"
         elif predicted.is_dir():
-            pairs.problems[case] = f"{paths[0]} has no prediction in {predicted}"
+            cure = f"expected {case}.seg.nrrd, {case}_label.nii.gz or the like; rename it, or give the two files"
+            pairs.problems[case] = f"{paths[0]} has no prediction in {predicted}, {cure}"
     alone = [str(path) for case, paths in predictions.items() if case not in truths for path in paths]
     if alone:
         pairs.notes.append(f"no truth in {truth} for {', '.join(alone)}")
@@ -202,7 +203,9 @@ def _by_case(place: Path, notes: list[str]) -> dict[str, list[Path]]:
 
 def _rank(path: Path) -> int:
     """How surely a file is a label map, among those of a case."""
-    return 2 if path.name.lower().endswith(".seg.nrrd") else int(bool(_MARK.search(_CHANNEL.sub("", file_stem(path)))))
+    name = path.name.lower()
+    is_marked = name.endswith(".dcm") or _MARK.search(_CHANNEL.sub("", file_stem(path)))
+    return 2 if name.endswith(".seg.nrrd") else int(bool(is_marked))
 
 
 def _score_files(task: _Task) -> _Result:
@@ -226,7 +229,7 @@ def _score_files(task: _Task) -> _Result:
 
 
 def _uncropped(path: Path, volume: Volume, other: Volume) -> Volume:
-    return uncropped(volume, other) if path.name.lower().endswith(".seg.nrrd") else volume
+    return uncropped(volume, other) if path.name.lower().endswith((".seg.nrrd", ".dcm")) else volume
 
 
 def _cell(value: Any) -> str:

@@ -114,9 +114,21 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     with _reading(path):
         if path.is_file() and _suffix(path, _NIFTI):
             return read_nifti_header(path)
+    frames, volume = count_frames(path), read_volume(path, 0)
+    return Header(volume.grid, volume.array.dtype, frames, volume.warnings)
+
+
+def count_frames(path: Path) -> int:
+    """How many frames `read_volume` could choose from.
+
+    Raises:
+        ValueError: As `read_volume`.
+    """
+    with _reading(path):
+        if path.is_file() and _suffix(path, _NIFTI):
+            return read_nifti_header(path).frames
         size: tuple[int, ...] = _opened(path).GetSize() if path.is_file() else ()
-    volume = read_volume(path, 0)
-    return Header(volume.grid, volume.array.dtype, size[3] if len(size) == 4 else 1, volume.warnings)
+    return size[3] if len(size) == 4 else 1
 
 
 def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:

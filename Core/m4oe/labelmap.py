@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .dicom import read_dicom_seg
 from .files import read_volume
 from .geometry import LPS, Grid, Volume
 from .labels import catalogue
 from .names import BACKGROUND, delimiter, key_of, named_rows
 
-SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm")
 _HIGHEST = 65535  # label value
 _WHOLE = 1e-3  # how far a label value stored as a float may lie from a whole number
 
@@ -56,7 +57,8 @@ def read_label_map(path: Path, meanings: Mapping[int, str] | None = None) -> tup
     keys, segments = _keys(path, named, meanings), named or {}
     layered = _is_layered(segments.values())
     try:
-        volume = _merged(path, segments) if layered else read_volume(path)
+        is_seg = path.name.lower().endswith(".dcm")
+        volume = _merged(path, segments) if layered else read_dicom_seg(path)[0] if is_seg else read_volume(path)
         volume = replace(volume, array=_whole_numbers(volume.array))
     except _NotLabels as error:
         raise ValueError(f"{path} is no label map: {error}.") from error
@@ -149,6 +151,11 @@ def _segments(path: Path) -> dict[int, _Segment] | None:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     name, table = path.name.lower(), path.with_name(f"{file_stem(path)}.csv")
+    if name.endswith(".dcm"):
+        named = read_dicom_seg(path)[1].items()
+        return {
+            value: _Segment(text, find_structure(key) or find_structure(text), 0, value) for value, (key, text) in named
+        }
     segments = _nrrd_segments(path) if name.endswith(".nrrd") else {}
     if segments or name.endswith(".seg.nrrd"):
         return segments

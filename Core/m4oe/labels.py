@@ -6,7 +6,8 @@ Read from structures.csv: codes as scheme^value^meaning, colours as R G B, volum
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -94,9 +95,24 @@ def structure(key: str) -> Structure:
     """
     found = catalogue().get(key)
     if found is None:
-        alike = get_close_matches(key, catalogue(), n=3) or ["liver", "kidney_left", "liver_tumor"]
+        alike = _alike(key, catalogue()) or ["liver", "kidney_left", "liver_tumor"]
         raise ValueError(f"There is no structure {key!r}, expected a key such as {', '.join(alike)}.")
     return found
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Such as " (did you mean liver?)", or nothing; structures are known by key and by name."""
+    return "".join(f" (did you mean {each}?)" for each in _alike(name, known)[:1])
+
+
+def _alike(name: str, known: Iterable[str]) -> list[str]:
+    names = {_letters(each): each for each in known}
+    names |= {_letters(catalogue()[key].name): key for key in [*names.values()] if key in catalogue()}
+    return list(dict.fromkeys(names[each] for each in get_close_matches(_letters(name), names, n=3)))
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def _structure(row: Mapping[str, str]) -> Structure:

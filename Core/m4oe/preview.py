@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ _CT_RULE, _MR_RULE = IntensityRule("window", -160, 240), IntensityRule("percenti
 _DARK, _THIN = 0.07, 0.04  # brightness of air at most; what no body is thinner than, of the longer side of a slice
 _FEW = 4  # slices that leave nothing to see across them
 _ROWS = 64  # of the legend
+_TWO_LINES = 34  # pixels between rows that have room for two lines
 _SEEN = (0.5, 1, 1)  # how much lightness and hue count, as shadows and the slice change how light a colour is
 _NOTHING = "No structure found"
 _FILL, _OUTLINE = 0.48, 2.0  # opacity; pixels
@@ -59,7 +61,12 @@ class _Sample(NamedTuple):
 
 
 def write_preview(
-    path: str | os.PathLike[str], volume: Volume, labels: Volume, structures: Mapping[int, str], title: str
+    path: str | os.PathLike[str],
+    volume: Volume,
+    labels: Volume,
+    structures: Mapping[int, str],
+    title: str,
+    flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Writes a PNG of 1920 x 1080 pixels that shows `labels` on `volume`.
 
@@ -71,6 +78,7 @@ def write_preview(
         volume: Any voxel type; NaN is drawn black.
         labels: Whole numbers on the grid of `volume`.
         structures: Label value to structure key; other values are not drawn.
+        flags: What to check, by structure, for the legend.
 
     Raises:
         ValueError: The grids differ, or a key is unknown.
@@ -87,7 +95,7 @@ def write_preview(
     found = {value: item for value, item in _told_apart(structures).items() if counts[value]}
     picture = np.full((_HEIGHT, _WIDTH, 3), _PAGE, np.float32)
     _draw_frame(picture, volume, title)
-    _draw_legend(picture, [(item, counts[value] * labels.grid.voxel_ml) for value, item in found.items()])
+    _draw_legend(picture, [(item, counts[value] * labels.grid.voxel_ml) for value, item in found.items()], flags)
     sample = _sample(labels, box)
     low, high = _window(volume)
     flat = min(volume.array.shape) < _FEW
@@ -313,7 +321,7 @@ def _draw_frame(picture: Floats, volume: Volume, title: str) -> None:
     draw_text(picture, _HEIGHT - 24, _MARGIN, "Research use only; not a medical device", 15, _MUTED)
 
 
-def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]]) -> None:
+def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]], flags: Mapping[str, Sequence[str]]) -> None:
     left, right = _WIDTH - _MARGIN - _LEGEND + 28, _WIDTH - _MARGIN
     if not rows:
         draw_text(picture, _TOP + 14, left, _NOTHING, 24, _LETTER, bold=True)
@@ -332,7 +340,11 @@ def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]]) -> None:
         draw_dot(picture, row, left + 8, min(8, 0.36 * pitch), item.color)
         amount = f"{volume_ml:,.0f} mL" if volume_ml >= 10 else f"{volume_ml:.1f} mL"
         width = draw_text(picture, row, right, amount, size, _MUTED, "right")
-        draw_text(picture, row, left + 30, item.name, size, room=right - left - 46 - width)
+        room, words = right - left - 46 - width, ", ".join(flags.get(item.key, ()))
+        if words and pitch >= _TWO_LINES:
+            draw_text(picture, row + 12, left + 30, words, 13, _LETTER, room=room)
+            row -= 6
+        draw_text(picture, row, left + 30, item.name, size, _LETTER if words else INK, room=room)
 
 
 def _annotate(panel: Floats, name: str, letters: str) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("seg.nrrd", "nii.gz", "nrrd", "mha", "dcm")
 _LABEL_MAP = "It seems to be a label map, not an image."
-_COLUMNS = ("case", "structure", "name", "volume_ml", "expert", "model", "note")
+_COLUMNS = ("case", "structure", "name", "volume_ml", "expert", "model", "note", "case_note")
 _TABLE_COLUMNS = ("input", "case", "expert", "frame")
 _PAUSE = 0.25  # seconds between two events of progress
 
@@ -409,7 +409,7 @@ def _is_named(case: _Case, options: argparse.Namespace) -> bool:
 
 def read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
     """The volume, with a warning where it seems to be a label map; of a DICOM file the series that it belongs to."""
-    from .files import is_dicom, is_label_map, read_series, read_volume
+    from .files import count_frames, is_dicom, is_label_map, read_series, read_volume
 
     target = options.output / f"{name}.{options.format}"
     if target.exists() and target.samefile(path):
@@ -419,7 +419,10 @@ def read_input(path: Path, name: str, options: argparse.Namespace) -> Volume:
             f"{path} is not DICOM, and DICOM SEG needs the series it was made of; choose another format (--format)"
         )
     volume = read_series(path) if path.is_file() and is_dicom(path) else read_volume(path, options.frame)
-    return replace(volume, warnings=(*volume.warnings, _LABEL_MAP)) if is_label_map(path, volume) else volume
+    added: tuple[str, ...] = (_LABEL_MAP,) if is_label_map(path, volume) else ()
+    if options.frame and count_frames(path) == 1:
+        added += (f"It has one frame, which was taken; there is no frame {options.frame}.",)
+    return replace(volume, warnings=(*volume.warnings, *added))
 
 
 def segment_volume(
@@ -468,7 +471,7 @@ def draw(
     from .preview import write_preview
 
     title = f"{name}   {report.model}   {_experts(report)}"
-    write_preview(options.output / f"{name}.png", volume, labels, predictor.spec.label_keys, title)
+    write_preview(options.output / f"{name}.png", volume, labels, predictor.spec.label_keys, title, report.flags)
 
 
 # The tables
@@ -534,20 +537,19 @@ def _entries(folder: Path) -> dict[str, Any]:
 def _rows(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row per case and structure that was asked for; a case that failed has one without a structure.
 
-    The note of a row has the flags of its structure, that of a case's first row also the warnings of the case.
+    The note of a row has the flags of its structure or the error of its case, the case_note the warnings of its case.
     """
     rows: list[tuple[str, ...]] = []
     for case, entry in entries.items():
         failed = entry.get("error", "")
         volumes = entry.get("volumes_ml", {}) if failed else entry["volumes_ml"]
         experts = " ".join(key for key, weight in entry.get("expert_weights", {}).items() if weight >= 0.005)
-        about, warnings = (experts, entry.get("model", "")), tuple(entry.get("warnings", ()))
-        for number, (key, volume) in enumerate(volumes.items()):
+        about, warnings = (experts, entry.get("model", "")), "; ".join(entry.get("warnings", ()))
+        for key, volume in volumes.items():
             flags = entry.get("flags", {}).get(key, ()) if volume else ("not found",)
-            notes = (*flags, *(warnings if number == 0 else ()))
-            rows.append((case, key, structure(key).name, f"{volume:.2f}", *about, "; ".join(notes)))
+            rows.append((case, key, structure(key).name, f"{volume:.2f}", *about, "; ".join(flags), warnings))
         if failed:
-            rows.append((case, "", "", "", "", "", failed))
+            rows.append((case, "", "", "", "", "", failed, ""))
         elif not volumes:
-            rows.append((case, "", "", "", *about, "; ".join(warnings)))
+            rows.append((case, "", "", "", *about, "", warnings))
     return rows

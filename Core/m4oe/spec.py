@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .labels import did_you_mean
+
 FORMAT_VERSION = 1
 METADATA_KEY = "m4oe"
 DEFAULT_MODEL = "m4oe-demo"
@@ -172,7 +174,8 @@ class ModelSpec:
         """
         names = [other.lower() for other in self.expert_names]
         if name not in self.expert_names and name.lower() not in names:
-            raise ValueError(f"expert {name!r} is unknown; {self.name} has: {', '.join(self.expert_names)}")
+            hint = did_you_mean(name, self.expert_names)
+            raise ValueError(f"expert {name!r} is unknown{hint}; {self.name} has: {', '.join(self.expert_names)}")
         return self.expert_names.index(name) if name in self.expert_names else names.index(name.lower())
 
     def labels_of(self, keys: Sequence[str]) -> list[int]:
@@ -183,9 +186,8 @@ class ModelSpec:
         """
         unknown = [key for key in keys if key not in self.structures]
         if unknown:
-            raise ValueError(
-                f"structure {', '.join(unknown)} is unknown; {self.name} has: {', '.join(self.structures)}"
-            )
+            hinted = ", ".join(f"{key}{did_you_mean(key, self.structures)}" for key in unknown)
+            raise ValueError(f"structure {hinted} is unknown; {self.name} has: {', '.join(self.structures)}")
         return [self.structures.index(key) + 1 for key in keys]
 
     def classes_of(self, experts: Iterable[int]) -> list[int]:
@@ -287,5 +289,8 @@ def find_model(name: Path | str) -> Path:
         return path
     models = {found.stem: found for found in reversed(installed_models())}
     if str(name) not in models:
-        raise ValueError(f"model {str(name)!r} is not installed; installed: {', '.join(sorted(models)) or 'none'}")
+        hint = did_you_mean(str(name), models)
+        raise ValueError(
+            f"model {str(name)!r} is not installed{hint}; installed: {', '.join(sorted(models)) or 'none'}"
+        )
     return models[str(name)]

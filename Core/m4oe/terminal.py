@@ -81,11 +81,10 @@ def progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
 def score_table(spec: ModelSpec) -> str:
     """Dice by structure and expert, as text."""
     width = max(10, *(len(name) + 2 for name in spec.expert_names))
-    data = spec.training.get("data")
-    cases = "computer-made phantoms" if "phantom" in str(data) else "cases"
+    cases = "computer-made phantoms" if "phantom" in str(spec.training.get("data")) else "cases"
     validated = spec.training.get("scored_on_validation", ())
     seen = "learn from" if validated else "see"
-    lines = [f"Scored on {cases} that training did not {seen}{f' (training data: {data})' if data else ''}:"]
+    lines = [f"Scored on {cases} that training did not {seen}:"]
     if validated:
         lines.append(
             f"Of {', '.join(validated)} they are validation cases, which chose the weights: there was no other."

@@ -47,6 +47,13 @@ def test_scan_says_what_is_there(pairs: Path, capsys: pytest.CaptureFixture[str]
     ]
 
 
+def test_a_case_alone_is_one_case(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.full((4, 4, 4), 2, np.uint8)
+    saved(tmp_path / "own/a.nii.gz", values), saved(tmp_path / "own/a_label.nii.gz", values)
+    data("scan", tmp_path / "own", "--modality", "CT", "--labels", "2=liver")
+    assert "1 case, 1 with label, 1 CT; 1 patient; licence: not given" in lines(capsys)
+
+
 def test_scan_says_what_is_wrong_and_groups_it(
     pairs: Path, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,8 +236,36 @@ def test_the_report_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "anna")
     places = "/data/anna/x, C:\\Users\\ANNA~1\\y, /media/anna/z, /home/berta/q, /data/annabel"
     text = report([Finding("disk", "problem", places, "tidy /data/anna")])
-    assert "~/x, ~\\y, /media/USER/z, ~/q, /data/annabel" in text
+    assert "~/x, ~\\y, .../z, ~/q, .../annabel" in text
     assert "-> tidy ~" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ("/data/hospitalX/lib/site-packages", ".../site-packages"),
+        ("1.0 in D:\\Klinik Nord (neu)\\lib, 2.0 in \\\\server\\klinik\\lib", "1.0 in .../lib, 2.0 in .../lib"),
+        ("SSL_CERT_FILE=/etc/klinik/ca.pem", "SSL_CERT_FILE=.../ca.pem"),
+        ("OSError: '/data/klinik/torch.so': none", "OSError: '.../torch.so': none"),
+        ("/data/anna", ".../USER"),
+        (
+            "https_proxy=http://***@klinik.de:3128, ALL_PROXY=klinik:80",
+            "https_proxy=http://HOST:3128, ALL_PROXY=HOST:80",
+        ),
+        ("and/or C:\\Slicer, https://numpy.org/a/b", "and/or C:\\Slicer, https://numpy.org/a/b"),
+    ],
+)
+def test_the_report_tells_of_a_place_no_more_than_its_end(
+    found: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "anna")
+    assert f"ok       it: {told}\n" in report([Finding("it", "ok", found)])
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_the_gpu_of_apple_is_named_on_a_mac_alone(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    assert ("Apple" in gpu(torch_that()).found) is (system == "darwin")
 
 
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("note", 0), ("problem", 1)])

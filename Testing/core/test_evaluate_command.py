@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from m4oe.__main__ import main
+from m4oe.dicom import write_dicom_seg
 from m4oe.evaluation_files import case_name, pair_files
-from m4oe.files import write_segmentation
+from m4oe.files import read_volume, write_segmentation
 from m4oe.geometry import Grid, Volume
+from tiny import a_series
 
 KEYS = {1: "liver", 2: "spleen", 3: "gallbladder"}
 GRID = Grid((6, 9, 10), np.diag([-2.0, -2.0, 3.0, 1.0]))
@@ -226,6 +228,41 @@ def test_the_report_is_one_sound_page_with_box_plots(evaluate: Command, tmp_path
     assert spleens["0 <b> & co: 1"] == pytest.approx(604) and spleens["1 <b> & co: 0.75"] < 604
 
 
+@pytest.mark.parametrize("tilt", [0.0, 0.3])
+def test_dicom_seg_is_scored_as_what_it_was_made_of(evaluate: Command, tmp_path: Path, tilt: float) -> None:
+    import pydicom
+
+    across, down = np.cos(tilt), np.sin(tilt)
+    turn = [f"{value:.8f}" for value in (across, down, 0, -down, across, 0)]
+    for file in a_series(tmp_path / "scan").parent.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.ImageOrientationPatient, dataset.SpacingBetweenSlices = turn, 2
+        dataset.save_as(file)
+    grid = read_volume(tmp_path / "scan").grid
+    array = np.zeros(grid.shape, np.uint8)
+    array[2:6, 3:9, 2:7], array[3:5, 3:9, 9:15] = 1, 3
+    truth = named(tmp_path / "truth" / "scan.nii.gz", np.roll(array, 1, 2), grid)
+    for form in ("seg", "dcm"):
+        (tmp_path / form).mkdir()
+    named(tmp_path / "seg" / "scan.seg.nrrd", array, grid)
+    write_dicom_seg(tmp_path / "dcm" / "scan.dcm", Volume(array, grid), KEYS, "test", "1", tmp_path / "scan")
+    assert evaluate("seg", truth.parent.name) == 0
+    expected = [row | {"model": ""} for row in rows(tmp_path)]
+    assert evaluate("dcm", truth.parent.name) == 0
+    assert [row | {"model": ""} for row in rows(tmp_path)] == expected
+    assert {row["structure"] for row in expected} == {"liver", "gallbladder"}
+    assert all(0 < float(row["dice"]) < 1 for row in expected)
+
+
+def test_a_dicom_image_is_no_segmentation(
+    evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = a_series(tmp_path / "scan")
+    named(tmp_path / "truth.nii.gz", organs())
+    assert evaluate(f"scan/{image.name}", "truth.nii.gz") == 1
+    assert f"Cannot read {image} as DICOM SEG" in errors(capsys)[0]
+
+
 # ---- what goes wrong
 
 
@@ -281,6 +318,27 @@ def test_what_cannot_be_carried_out_writes_nothing(
     assert evaluate("pred.nii.gz", "truth", *options) == 2
     [error] = errors(capsys)
     assert message in error and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_finds_no_partner_is_told_how_to_name_it_and_leaves_no_folder(
+    evaluate: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named(tmp_path / "pred" / "scan.nii.gz", organs())
+    truth = named(tmp_path / "scan_by_me.nii.gz", organs())
+    assert evaluate("pred", truth.name) == 1
+    assert "expected scan_by_me.seg.nrrd, scan_by_me_label.nii.gz or the like; rename it, or give" in errors(capsys)[0]
+    assert not (tmp_path / "out").exists()
+    assert evaluate("pred/scan.nii.gz", truth.name) == 0
+    truth.rename(tmp_path / "scan_label.nii.gz")
+    truth.with_name("scan_by_me.csv").rename(tmp_path / "scan_label.csv")
+    assert evaluate("pred", "scan_label.nii.gz") == 0
+
+
+def test_an_empty_folder_for_the_results_stays(evaluate: Command, tmp_path: Path) -> None:
+    named(tmp_path / "pred" / "a.nii.gz", organs())
+    named(tmp_path / "b.nii.gz", organs())
+    (tmp_path / "out").mkdir()
+    assert evaluate("pred", "b.nii.gz") == 1 and (tmp_path / "out").is_dir()
 
 
 def test_a_folder_without_label_maps_is_refused(

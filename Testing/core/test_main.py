@@ -171,7 +171,16 @@ def test_a_frame_is_chosen_in_4d_volumes_and_3d_ones_have_but_one(segment: Comma
     saved(tmp_path / "in" / "CT.nrrd")
     a_series(tmp_path / "in" / "scan")
     assert segment(tmp_path / "in", "--frame", "2") == 0
-    assert set(reports(tmp_path / "out")) == {"CT", "scan", "time"}
+    said = {case: "there is no frame 2" in str(entry["warnings"]) for case, entry in reports(tmp_path / "out").items()}
+    assert said == {"CT": True, "scan": True, "time": False}
+
+
+@pytest.mark.parametrize(("frame", "warned"), [("-1", True), ("0", False)])
+def test_a_frame_that_a_volume_has_not_is_told(
+    segment: Command, tmp_path: Path, capsys: Captured, frame: str, warned: bool
+) -> None:
+    assert segment(saved(tmp_path / "CT.nii.gz"), f"--frame={frame}") == 0
+    assert (f"It has one frame, which was taken; there is no frame {frame}." in capsys.readouterr().err) is warned
 
 
 def test_a_later_run_keeps_the_rows_of_the_earlier_one(segment: Command, tmp_path: Path) -> None:
@@ -214,7 +223,7 @@ def test_what_failed_and_what_was_not_found_are_in_the_tables(
     assert [entries[name]["input"] for name in ("bad", "none")] == [str(inputs[0]), str(inputs[2])]
     dark = [row for row in rows(tmp_path / "out") if row["case"] == "dark"]
     assert [row["volume_ml"] for row in dark] == ["0.00"] * 3
-    assert "nothing was found" in dark[0]["note"] and dark[1]["note"] == dark[2]["note"] == "not found"
+    assert all("nothing was found" in row["case_note"] and row["note"] == "not found" for row in dark)
     others = [row for row in rows(tmp_path / "out") if row["case"] != "dark"]
     notes = {row["case"]: row["note"] for row in others}
     assert notes == {"bad": entries["bad"]["error"], "none": f"There is no file or folder {inputs[2]}."}
@@ -235,10 +244,10 @@ def test_a_failure_leaves_what_an_earlier_run_found_and_a_success_ends_the_failu
     source.write_bytes(data)
     assert segment(source) == 0
     assert "error" not in reports(tmp_path / "out")["CT"]
-    (note, *others), flags = [row["note"] for row in rows(tmp_path / "out")], first["flags"]
-    found = first["volumes_ml"].items()
+    flags, found = first["flags"], first["volumes_ml"].items()
     expected = ["; ".join(flags.get(key, ())) if volume else "not found" for key, volume in found]
-    assert note == "; ".join(filter(None, [expected[0], *first["warnings"]])) and others == expected[1:]
+    assert [row["note"] for row in rows(tmp_path / "out")] == expected
+    assert first["warnings"] and {row["case_note"] for row in rows(tmp_path / "out")} == {"; ".join(first["warnings"])}
 
 
 def test_a_new_result_takes_the_place_of_the_earlier_one_and_says_so(
@@ -314,7 +323,7 @@ def test_an_old_table_without_notes_is_taken_over(segment: Command, tmp_path: Pa
     (tmp_path / "out" / "volumes.json").write_text('{"old": {"volumes_ml": {"liver": 1500.0}}}')
     segment(saved(tmp_path / "CT.mha"))
     expected = {"case": "old", "structure": "liver", "name": "Liver", "volume_ml": "1500.00"}
-    assert rows(tmp_path / "out")[0] == expected | {"expert": "", "model": "", "note": ""}
+    assert rows(tmp_path / "out")[0] == expected | {"expert": "", "model": "", "note": "", "case_note": ""}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"weight": 70}}', '{"a": {"volumes_ml": {"heart of gold": 1}}}'])
@@ -515,6 +524,42 @@ def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: Capture
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: m4oe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "usage", "hint"),
+    [
+        ("segment x -o y --previw", "m4oe segment", "--previw (did you mean --preview?)"),
+        ("segment x -o y --fromat dcm", "m4oe segment", "--fromat (did you mean --format?) dcm"),
+        ("data scan x --jsn y", "m4oe data scan", "--jsn (did you mean --json?)"),
+        ("segment x -o y --format dicm", "m4oe segment", "(did you mean dcm?)"),
+        ("segmnt x -o y", "m4oe", "(did you mean segment?)"),
+        ("models --tongue", "m4oe models", "unrecognized arguments: --tongue\n"),
+    ],
+)
+def test_a_misspelled_word_gets_the_usage_of_its_command_and_what_it_may_mean(
+    line: str, usage: str, hint: str, capsys: Captured
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: {usage} [-h]") and hint in said
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ("--structures leftkidney", "structure leftkidney (did you mean kidney_left?) is unknown"),
+        ("--expert t2", "expert 't2' is unknown (did you mean mr_t2?)"),
+        ("--model m4oe_demo", "model 'm4oe_demo' is not installed (did you mean m4oe-demo?)"),
+    ],
+)
+def test_a_misspelled_structure_expert_or_model_is_told_what_it_may_mean(
+    options: str, hint: str, tmp_path: Path, capsys: Captured
+) -> None:
+    source = saved(tmp_path / "CT.nii.gz")
+    assert main(["segment", str(source), "-o", str(tmp_path / "out"), *options.split()]) == 2
+    assert hint in the_error(capsys)
 
 
 def test_without_vtk_a_preview_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
@@ -732,7 +777,7 @@ def test_models_are_listed_and_a_bad_one_does_not_hide_them(
     (tmp_path / "a.safetensors").touch()
     assert main(["models"]) == 1
     output, errors = capsys.readouterr()
-    assert output.count("tiny  version 1, 3 structures, experts ct, mr") == 2 and "a.safetensors" in errors
+    assert output.count("tiny  version 1, 2 structures and 1 lesion, experts ct, mr") == 2 and "a.safetensors" in errors
 
 
 def test_scores_on_phantoms_are_called_so_and_their_cases_counted(model: Path) -> None:
@@ -752,7 +797,7 @@ def test_info_shows_limits_and_scores(model: Path, capsys: Captured) -> None:
         "  gate: 1 step, learning rate 0.0001",
     ]
     assert {"training data: 3 dreams", "training seed: 0", "training sites:", "  A", "  1"} <= set(lines)
-    assert "Scored on cases that training did not see (training data: 3 dreams):" in lines
+    assert "Scored on cases that training did not see:" in lines
     assert [line.split() for line in lines if line.startswith("liver ")] == [["liver", "0.900", "-"]]
 
 

@@ -96,6 +96,19 @@ def test_a_cube_of_long_voxels_is_square(tmp_path: Path) -> None:
         assert np.ptp(rows) == pytest.approx(np.ptp(columns), rel=0.05)
 
 
+def test_the_legend_marks_what_is_to_be_checked(tmp_path: Path, air: Volume, liver: Volume) -> None:
+    def yellow(flags: dict[str, tuple[str, ...]]) -> np.ndarray:
+        """Pixels of the name and of the line below it."""
+        write_preview(tmp_path / "a.png", air, liver, LIVER, "", flags)
+        row = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.png"))).astype(int)[176:214, 1580:1800]
+        light = (row[..., 0] - row[..., 2] > 80).sum(axis=1)
+        return np.array([light[:22].sum(), light[22:].sum()])
+
+    assert (yellow({"spleen": ("cut",)}) == 0).all()
+    once, twice = yellow({"liver": ("cut",)}), yellow({"liver": ("cut", "low confidence")})
+    assert (once > 20).all() and twice[0] == once[0] and twice[1] > 2 * once[1]
+
+
 def test_surfaces_are_seen_from_the_front(tmp_path: Path) -> None:
     labels = np.zeros((20, 24, 30), np.uint8)
     labels[5:15, 4:8, 4:12] = 1

@@ -230,6 +230,17 @@ def test_dicom_seg_holds_the_same_voxels_names_and_codes(segment: Segment, tmp_p
     assert seg.FrameOfReferenceUID == "1.2.9" and seg.PatientID == "7"
 
 
+def test_dicom_seg_is_made_of_a_patient_whose_name_is_a_number(segment: Segment, tmp_path: Path) -> None:
+    import pydicom
+
+    for path in a_series(tmp_path / "scan").parent.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.PatientName = "CRLM-CT-1004"
+        dataset.save_as(path)
+    assert segment(tmp_path / "scan", "--format", "dcm") == 0
+    assert pydicom.dcmread(tmp_path / "out" / "scan.dcm").PatientName == "CRLM-CT-1004"
+
+
 def test_dicom_seg_needs_dicom(segment: Segment, tmp_path: Path, capsys: Captured) -> None:
     assert segment(saved(tmp_path / "CT.mha"), "--format", "dcm") == 1
     assert "CT.mha is not DICOM" in capsys.readouterr().err
