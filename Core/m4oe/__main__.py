@@ -128,8 +128,11 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder for the results")
     evaluate.add_argument("--compare", type=Path, metavar="PRED", help="another model's segmentations, to compare")
     evaluate.add_argument("--structures", type=structures, metavar="KEY,KEY", help="default: all that any truth lists")
-    evaluate.add_argument("--labels", metavar="FILE", help="what label values mean, where files do not say it")
-    evaluate.add_argument("--predicted-labels", metavar="FILE", help="the same of predictions; default: as --labels")
+    meanings = "what label values mean, where files do not say it: CSV, JSON, or 1=liver,2=spleen"
+    evaluate.add_argument("--labels", metavar="FILE|V=KEY,..", help=meanings)
+    evaluate.add_argument(
+        "--predicted-labels", metavar="FILE|V=KEY,..", help="the same of predictions; default: as --labels"
+    )
     evaluate.add_argument("--preset", choices=("default", "flare"), default="default", help="rules of a challenge")
     evaluate.add_argument("--tolerance", type=keys, metavar="MM|KEY=MM,..", help="of NSD; default: FLARE22's, else 2")
     evaluate.add_argument("--jobs", type=int, metavar="N", help="processes; default: up to 4")

@@ -55,7 +55,9 @@ def add_sources(
 ) -> None:
     """Adds the folders of data sets to a command, and what to say of data of your own."""
     parser.add_argument("folders", nargs=nargs, type=Path, metavar="FOLDER", help=sources)
-    parser.add_argument("--labels", metavar="FILE", help="of your own data: CSV, JSON, or 1=liver,2=spleen,3-9=-")
+    parser.add_argument(
+        "--labels", metavar="FILE|V=KEY,..", help="of your own data: CSV, JSON, or 1=liver,2=spleen,3-9=-"
+    )
     parser.add_argument("--modality", choices=("CT", "MR"), help="of your own data")
     parser.add_argument("--expert", metavar="NAME", help="that your own data train, such as mr_dixon")
 
@@ -72,18 +74,20 @@ def _scan(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    shares = {key: getattr(options, key) for key in ("seed", "val", "test", "share")}
-    return int(bool(plan_folders(options, options.output, **shares).left_out))
+    from .training.plan import read_plan
+
+    choices = {key: getattr(options, key) for key in ("seed", "val", "test", "share")}
+    old = read_plan(options.output) if options.output.exists() else None
+    return int(bool(plan_folders(options, options.output, old=old, **choices).left_out))
 
 
-def plan_folders(options: argparse.Namespace, path: Path, **shares: Any) -> Plan:
-    """Writes the plan of the folders of `add_sources` and says what it holds; see `make_plan` for the shares."""
-    from .training.plan import SPLITS, make_plan, read_plan, write_plan
+def plan_folders(options: argparse.Namespace, path: Path, **choices: Any) -> Plan:
+    """Writes the plan of the folders of `add_sources` and says what it holds; see `make_plan` for the choices."""
+    from .training.plan import SPLITS, make_plan, write_plan
 
-    old = read_plan(path) if path.exists() else None
     checked = [_checked(dataset) for dataset in _find(options)]
     reports = {dataset.name: reports for dataset, reports in checked}
-    plan, findings = make_plan([dataset for dataset, _ in checked], reports, old, **shares)
+    plan, findings = make_plan([dataset for dataset, _ in checked], reports, **choices)
     write_plan(path, plan)
     for dataset in plan.datasets:
         found = [plan.split_of(dataset, case) for case in dataset.cases if case.label]

@@ -139,7 +139,10 @@ def file_stem(path: Path) -> str:
 
 def _keys(path: Path, segments: Mapping[int, _Segment] | None, meanings: Mapping[int, str] | None) -> dict[int, str]:
     if segments is None and meanings is None:
-        raise ValueError(f"{path} does not say which structures its labels are; say it with a table of label values.")
+        raise ValueError(
+            f"{path} does not say which structures its labels are; give the label values, as in --labels "
+            "1=liver,2=spleen, or a CSV or JSON file of them."
+        )
     if not segments:  # a file may also say that it has none
         return dict(meanings or {})
     keys = {value: segment.key or (meanings or {}).get(value) for value, segment in segments.items()}

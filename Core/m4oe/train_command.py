@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def add_train_command(commands: Any) -> None:
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     train.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     train.add_argument("--json", action="store_true", help="print events as JSON, one per line")
-    train.add_argument("--estimate", action="store_true", help="train nothing, but measure what it will take, as JSON")
+    train.add_argument("--estimate", action="store_true", help="train nothing, but measure what it will take")
     train.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard")
     train.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder of the run")
     train.set_defaults(run=_train, after_stop="; the same command goes on")
@@ -70,8 +71,11 @@ def _train(options: argparse.Namespace) -> int:
     from .training.loop import train
     from .training.ranks import joined_ranks, local_device
     from .training.score import score_model
+    from .training.start import check_start
 
     _check(options)
+    if options.init:
+        check_start(options.init)
     check_folder(options.output)
     prepare_folder(options.output)
     device = local_device() if options.device == "auto" else options.device
@@ -79,7 +83,8 @@ def _train(options: argparse.Namespace) -> int:
         logged = partial(_log, options.output, emit) if ranks.rank == 0 and not options.estimate else emit
         job = _phantom_job(options, logged) if options.phantoms else _plan_job(options, ranks, logged)
         if options.estimate:
-            print(json.dumps(estimate(job.config, job.data, device, job.start)))
+            found = estimate(job.config, job.data, device, job.start)
+            print(json.dumps(found) if options.json else _estimate_line(found))
             return 0
         if job.data.atlases and ranks.rank == 0:
             _write_synthesis(options.output / "synthesis.png", job, logged)
@@ -129,7 +134,7 @@ def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
     each = 1 if options.estimate else each
     _tell(emit, config, MODALITIES, each * len(MODALITIES))
     data = phantom_data(config, each, emit)
-    return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data))
+    return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data.spec.structures))
 
 
 def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
@@ -140,12 +145,13 @@ def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
     cache = options.cache or options.output / "cache"
     config = _with_options(QUICK if options.quick else {"small": SMALL, "full": FULL}[options.preset], options)
     with ranks.first_alone():
-        plan = _plan(options)
+        plan = _plan(options, ranks.rank == 0)
         if not options.add_modality:
             config = plan_config(config, plan, options.synthesise)
             _tell(emit, config, planned_experts(plan, options.synthesise), len(plan.cases("train")))
+            start = _start(options, config, plan.structures)
             data = plan_data(config, plan, cache, emit, None, options.scheduler, options.synthesise)
-            return _Job(config, data, held_back(plan, data.spec), _start(options, config, data))
+            return _Job(config, data, held_back(plan, data.spec), start)
         model = find_model(options.model or DEFAULT_MODEL)
         config = addition_config(config, read_spec(model))
         spec = addition_spec(config, plan, read_spec(model), options.add_modality)
@@ -160,10 +166,10 @@ def _tell(emit: Emit, config: TrainConfig, experts: Iterable[str], cases: int) -
     emit({"event": "training", "experts": list(experts), "cases": cases, "steps": steps})
 
 
-def _start(options: argparse.Namespace, config: TrainConfig, data: TrainingData) -> MoESwinUNet | None:
+def _start(options: argparse.Namespace, config: TrainConfig, structures: Sequence[str]) -> MoESwinUNet | None:
     from .training.start import start_network
 
-    return start_network(options.init, config, data.spec.structures) if options.init else None
+    return start_network(options.init, config, structures) if options.init else None
 
 
 def _write_synthesis(path: Path, job: _Job, emit: Emit) -> None:
@@ -173,20 +179,26 @@ def _write_synthesis(path: Path, job: _Job, emit: Emit) -> None:
 
     config = job.config
     write_png(path, preview(Synthesiser(job.data.spec, job.data.atlases, config.images, config.crop, config.seed)))
-    emit({"event": "synthesis", "picture": str(path)})
+    emit({"event": "synthesis", "picture": str(path), "experts": job.data.spec.expert_names})
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    """The plan that was named, or the one of the folders, which a run that goes on finds beside it."""
+def _plan(options: argparse.Namespace, first: bool) -> Plan:
+    """The plan that was named, or the one of the folders, which a run that has begun finds beside it."""
+    from .training.phantom import MODALITIES
     from .training.plan import read_plan, split_remarks
 
     named = options.folders[0].is_file() or options.folders[0].suffix == ".json"
     path = options.folders[0] if named else options.output / "plan.json"
-    if not named and not path.exists():
-        plan_folders(options, path)
+    drawn = MODALITIES if options.synthesise else ()
+    begun = (options.output / "data.sha256").exists() and path.exists()
+    if not named and first and not begun:
+        plan_folders(options, path, drawn=drawn)
         return read_plan(path)
     plan = read_plan(path)
-    for finding in split_remarks(plan):
+    if not named and first:
+        made = datetime.fromtimestamp(path.stat().st_mtime)
+        say(f"goes on with {path} of {made:%Y-%m-%d %H:%M}; for another plan choose another folder")
+    for finding in split_remarks(plan, drawn):
         say(f"m4oe: warning: {finding.sentence}")
     return plan
 
@@ -285,7 +297,9 @@ def _line(event: Mapping[str, Any]) -> str:
         case "phantoms":
             return f"phantoms {event['made']}/{event['of']}"
         case "synthesis":
-            return f"synthetic images: {event['picture']}"
+            return (
+                f"synthetic images: {event['picture']}: pairs of rows (image, labels) for {', '.join(event['experts'])}"
+            )
         case "memory":
             return f"memory is short: batches are computed in {event['parts']} parts"
         case "paused":
@@ -293,6 +307,16 @@ def _line(event: Mapping[str, Any]) -> str:
         case "early stop":
             return f"{event['stage']} {event['step']}: validation has nothing more to gain, the stage ends"
     return ""
+
+
+def _estimate_line(found: Mapping[str, float]) -> str:
+    hours, minutes = divmod(max(1, round(found["seconds"] / 60)), 60)
+    time = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    gpu = f", {found['gpu_mib'] / 1024:.1f} GiB on the GPU" if found["gpu_mib"] else ""
+    return (
+        f"about {time}; memory {found['memory_mib'] / 1024:.1f} GiB{gpu}; "
+        "a rough guess, timed on this machine as busy as it is"
+    )
 
 
 def _losses(event: Mapping[str, Any]) -> str:

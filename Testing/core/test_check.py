@@ -107,6 +107,12 @@ def test_float_labels_are_rounded_or_refused(a_case: Callable[..., CaseFiles]) -
     assert "no whole numbers" in found(a_case(np.where(organs() == 2, np.nan, 1), label_kind=np.float32), "error")
 
 
+def test_values_without_meaning_are_listed_or_counted(a_case: Callable[..., CaseFiles]) -> None:
+    values = 100 + np.arange(64).reshape(4, 4, 4) % 12
+    assert "holds 100, 101, 102, 103, 104, 105, 106, 107, 108, ... and 3 more, which" in found(a_case(values), "error")
+    assert "holds 100, 101, which" in found(a_case(100 + values % 2), "error")
+
+
 def test_values_below_zero_are_an_error(a_case: Callable[..., CaseFiles]) -> None:
     assert "label holds -1, expected" in found(
         a_case(np.where(organs() == 3, -1, organs().astype(int)), label_kind=np.int16), "error"

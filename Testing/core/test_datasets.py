@@ -350,7 +350,7 @@ def test_nnunet_regions_channels_splits_and_lacks_are_read(tmp_path: Path) -> No
     (folder / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]', encoding="utf-8")
     dataset = the_set(folder)
     assert [(case.modality, case.expert, case.split) for case in dataset.cases] == [
-        ("MR", "mr_t2", "train"),
+        ("MR", "mr_t2", None),
         ("MR", "mr_t2", "val"),
         ("MR", "mr_t2", "test"),
     ]
@@ -389,7 +389,7 @@ def test_a_decathlon_list_is_read(tmp_path: Path) -> None:
     dataset = the_set(tmp_path)
     assert (dataset.layout, dataset.findings) == ("decathlon", ())
     assert [(c.case, c.patient, c.modality, c.expert, c.split, c.image.name) for c in dataset.cases] == [
-        ("a", "7", "MR", "mr_t1", "train", "a.nii.gz"),
+        ("a", "7", "MR", "mr_t1", None, "a.nii.gz"),
         ("b", "b", "CT", "ct", "val", "b.nii.gz"),
         ("c", "c", "MR", "mr_t1", "test", "c.nii.gz"),
     ]
@@ -480,6 +480,17 @@ def test_a_table_of_cases_has_the_last_word(tmp_path: Path, sign: str) -> None:
         ("p", "CT", "ct"),
         ("c", "CT", "ct"),
     ]
+
+
+def test_only_the_table_of_cases_keeps_a_case_for_training(tmp_path: Path) -> None:
+    folder = nnunet(tmp_path)
+    (folder / "splits_final.json").write_text('[{"train": ["a", "b"], "val": []}]', encoding="utf-8")
+    (folder / "cases.csv").write_text("case,split\nb,train\n", encoding="utf-8")
+    assert {name: case.split for name, case in by_name(the_set(folder)).items()} == {
+        "a": None,
+        "b": "train",
+        "c": "test",
+    }
 
 
 @pytest.mark.parametrize(

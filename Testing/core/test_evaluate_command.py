@@ -281,7 +281,7 @@ def test_a_bad_case_is_named_and_stops_no_other(
     output = capsys.readouterr()
     lines = [line.removeprefix("m4oe: error: pred: ") for line in output.err.splitlines() if "error" in line]
     assert [line.split(":")[0] for line in lines] == ["alone", "bad", "nameless"]
-    assert "has no prediction in" in lines[0] and "Cannot read" in lines[1] and "table of label values" in lines[2]
+    assert "has no prediction in" in lines[0] and "Cannot read" in lines[1] and "--labels 1=liver,2=spleen" in lines[2]
     assert "m4oe: warning: pred: no truth in" in output.err and "unasked.nii.gz" in output.err
     assert {row["case"] for row in rows(tmp_path)} == {"good", "shifted"}
     assert list(summary(tmp_path)["models"][0]["problems"]) == ["alone", "bad", "nameless"]

@@ -57,11 +57,11 @@ def test_what_is_written_comes_back(layout: str, a_set: DataSet, tmp_path: Path)
             assert np.array_equal(before.array, after.array) and before.array.dtype == after.array.dtype
             assert before.grid.is_close(after.grid)
     assert {name: case.split for name, case in cases.items()} == {
-        "c0": "train",
+        "c0": None,
         "c1": "val",
         "c2": "test",
-        "c3": "train",
-        "c4": "train",
+        "c3": None,
+        "c4": None,
         "c5": "test",
     }
 

@@ -219,8 +219,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(ValueError, match="another configuration"):
-        run(tmp_path, replace(CONFIG, seed=1))
+    with pytest.raises(ValueError, match=r"another configuration \(stages; seed 0, now 1\); choose another folder"):
+        run(tmp_path, replace(CONFIG, seed=1, stages=CONFIG.stages[:1]))
 
 
 def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:

@@ -106,8 +106,15 @@ def test_the_split_of_the_data_set_itself_is_kept() -> None:
     assert len(plan.cases("train")) == 18
 
 
-def test_a_split_that_the_data_set_lacks_is_drawn_from_its_training_part() -> None:
-    cases = [a_case(f"c{n:02}", split="val" if n < 10 else "train") for n in range(60)]
+def test_a_case_that_is_to_train_is_not_drawn_into_another_split() -> None:
+    cases = [a_case(f"c{n}", split="train" if n < 30 else None) for n in range(60)]
+    plan = planned(a_set("s", *cases), val=0.3, test=0.3)
+    assert {f"c{n}" for n in range(30)} < {case.case for case in plan.cases("train")}
+    assert plan.cases("val") and plan.cases("test")
+
+
+def test_a_split_that_the_data_set_lacks_is_drawn_from_the_others() -> None:
+    cases = [a_case(f"c{n:02}", split="val" if n < 10 else None) for n in range(60)]
     plan = planned(a_set("s", *cases))
     assert [case.case for case in plan.cases("val")] == [f"c{n:02}" for n in range(10)]
     assert {case.case for case in plan.cases("test")} == {
@@ -155,6 +162,13 @@ def test_cases_with_errors_are_left_out_and_named() -> None:
     assert plan.left_out == {"s/c1": "broken"} and len(plan.datasets[0].cases) == 39
     with pytest.raises(ValueError, match="1 have errors, .*; s/c1: broken"):
         make_plan([a_set("s", a_case("c1"))], {"s": [CaseReport("c1", findings=wrong)]})
+
+
+def test_without_a_case_for_training_it_is_said_where_they_went() -> None:
+    with pytest.raises(ValueError, match=r"hold back 1 for val and 2 for test: write train .* column split of cases"):
+        planned(a_set("s", a_case("a", split="val"), a_case("b", split="test"), a_case("c", split="test")))
+    with pytest.raises(ValueError, match=r"none has a label, see the check of the data \(m4oe data scan\)"):
+        planned(a_set("s", a_case("a", label=None)))
 
 
 def test_data_sets_that_share_patients_are_refused_or_all_train() -> None:
@@ -284,6 +298,7 @@ def test_an_expert_that_nothing_trains_or_scores_is_told() -> None:
         "All cases of mr are in validation or test, so no expert learns from them: add patients, or divide them in the "
         "column split of cases.csv."
     )
+    assert "so its expert learns from synthetic images alone: add" in remarks(a_set("s", *cases, scan), drawn=["mr"])
     text = remarks(a_set("s", *cases, replace(scan, split="train")))
     assert "No case of mr is in val:" in text and "No case of mr is in test:" in text
 

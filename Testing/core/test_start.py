@@ -12,7 +12,7 @@ import torch
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
-from m4oe.training.start import load_expert, load_swin
+from m4oe.training.start import check_start, load_expert, load_swin
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -76,6 +76,23 @@ def test_what_is_no_swin_transformer_is_refused(tmp_path: Path) -> None:
     for name, message in (("a", "holds no Swin transformer"), ("b", "no safetensors file"), ("c", "no safetensors")):
         with pytest.raises(ValueError, match=message):
             load_swin(MoESwinUNet(NetworkSpec(), 3), str(tmp_path / f"{name}.safetensors"))
+
+
+def test_what_training_cannot_start_from_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    (tmp_path / "b.safetensors").write_bytes(b"no")
+    refused = {
+        "timm": "timm cannot be imported",
+        "nosuch:ct": "model 'nosuch' is not installed",
+        "nosuch": "model 'nosuch' is not installed",
+        str(tmp_path / "b.safetensors"): "no safetensors file",
+        str(tmp_path / "none.safetensors"): "none.safetensors",
+    }
+    for source, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            check_start(source)
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    check_start(str(tmp_path / "a.safetensors"))
 
 
 def test_without_timm_a_file_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

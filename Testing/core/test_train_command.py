@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from m4oe import train_report
+from m4oe import train_command, train_report
 from m4oe.__main__ import main
 from m4oe.files import write_volume
 from m4oe.geometry import Grid, Volume
@@ -21,6 +22,7 @@ from m4oe.predictor import Predictor
 from m4oe.spec import NetworkSpec, read_spec
 from m4oe.training import config as configs
 from m4oe.training.config import Stage, TrainConfig
+from m4oe.training.plan import read_plan
 from m4oe.training.plan_data import addition_config
 
 NETWORK = NetworkSpec(experts=2, top_k=1, embed_dim=8, depths=(1, 1), heads=(1, 2), window=3, mlp_ratio=1.0)
@@ -116,7 +118,7 @@ def test_label_maps_of_one_modality_train_experts_for_all(tmp_path: Path, capsys
     assert spec.expert_names == ("ct", "mr_t1", "mr_t1ce", "mr_t2")
     assert set(spec.scores) == {"ct"} and "drawn as ct, mr_t1, mr_t1ce, mr_t2" in spec.training["data"]
     assert (tmp_path / "run" / "synthesis.png").read_bytes().startswith(b"\x89PNG")
-    assert "synthetic images: " in capsys.readouterr().out
+    assert "synthesis.png: pairs of rows (image, labels) for ct, mr_t1, mr_t1ce, mr_t2\n" in capsys.readouterr().out
     assert '{"event": "synthesis"' in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8")
 
 
@@ -158,6 +160,42 @@ def test_an_estimate_trains_nothing(tmp_path: Path, capsys: Captured) -> None:
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 < found["seconds"] < 600 and 50 < found["memory_mib"] < 100_000 and found["gpu_mib"] >= 0
     assert not (tmp_path / "run" / "events.jsonl").exists()
+    assert main(["train", data, "-o", str(tmp_path / "run"), "--estimate"]) == 0
+    assert re.match(r"about \d+ min; memory \d+\.\d GiB.*; a rough guess", capsys.readouterr().out.splitlines()[-1])
+    found = {"seconds": 7380.0, "memory_mib": 1536, "gpu_mib": 512}
+    assert train_command._estimate_line(found).startswith(
+        "about 2 h 3 min; memory 1.5 GiB, 0.5 GiB on the GPU; a rough"
+    )
+
+
+def test_a_plan_is_made_anew_until_training_has_begun(tmp_path: Path, capsys: Captured) -> None:
+    data, run = a_data_set(tmp_path / "set", "ct"), tmp_path / "run"
+    assert main(["train", str(data), "-o", str(run), "--estimate"]) == 0
+    table = (data / "cases.csv").read_text(encoding="utf-8")
+    (data / "cases.csv").write_text(table.replace("val", "train"), encoding="utf-8")
+    assert main(["train", str(data), "-o", str(run)]) == 0
+    assert len(read_plan(run / "plan.json").cases("train")) == 2 and "goes on with" not in capsys.readouterr().err
+    (data / "cases.csv").write_text(table, encoding="utf-8")
+    assert main(["train", str(data), "-o", str(run)]) == 0
+    assert len(read_plan(run / "plan.json").cases("train")) == 2
+    assert re.search(rf"goes on with {re.escape(str(run / 'plan.json'))} of \d{{4}}-", capsys.readouterr().err)
+
+
+def test_experts_whose_images_are_held_back_learn_from_synthetic_ones(tmp_path: Path, capsys: Captured) -> None:
+    data = a_data_set(tmp_path / "set", "ct", "mr_t1")
+    table = (data / "cases.csv").read_text(encoding="utf-8")
+    (data / "cases.csv").write_text(table.replace("mr_t1,train", "mr_t1,test"), encoding="utf-8")
+    command = ["train", str(data), "-o", str(tmp_path / "run"), "--synthesise"]
+    for _ in range(2):
+        assert main(command) == 0
+        said = capsys.readouterr()
+        assert "All cases of mr_t1 are in validation or test, so its expert learns from synth" in said.out + said.err
+
+
+def test_a_start_that_cannot_be_had_is_refused_before_anything_is_made(tmp_path: Path, capsys: Captured) -> None:
+    data = str(a_data_set(tmp_path / "set", "ct"))
+    assert main(["train", data, "-o", str(tmp_path / "run"), "--init", "nosuch:ct"]) == 2
+    assert "model 'nosuch' is not installed" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_asked_to_pause_ends_well(

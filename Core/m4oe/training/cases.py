@@ -47,7 +47,8 @@ class CaseFiles:
         expert: Which expert it trains, such as "mr_dixon", where the data set tells.
         labels: Structure key, or "background", by label value.
         annotated: Keys of the structures that were looked for, found or not; all others are unknown there.
-        split: "train", "val" or "test" where the data set itself says so.
+        split: "val" or "test" where the data set itself or its cases.csv says so; "train" where cases.csv does, as
+            val and test may be drawn from a data set's own training part.
     """
 
     case: str

@@ -21,6 +21,7 @@ from .cases import CaseFiles, Finding, on_grid, read_labels, whole_planes
 
 _SIDE = 5.0  # mm by which a centre must lie on the wrong side
 _HIGHEST = 65535
+_LISTED = 9  # label values that a finding lists
 _ALONE = 8  # cases up to which starting other processes takes longer than it saves
 
 
@@ -173,7 +174,8 @@ def _check_label(case: CaseFiles, grid: Grid, findings: list[tuple[str, str]]) -
     findings += [("warning", warning) for warning in labels.warnings if ("warning", warning) not in findings]
     found = find_structures(labels, case.labels)
     if found.unknown:
-        values = ", ".join(map(str, found.unknown[:9]))
+        more = len(found.unknown) - _LISTED
+        values = ", ".join(map(str, found.unknown[:_LISTED])) + (f", ... and {more} more" if more > 0 else "")
         cure = "name them in the label values, or give - for none of the named structures, as in 3-9=-"
         findings.append(("error", f"Its label holds {values}, which nothing gives a meaning: {cure}."))
     elif not found.voxels:

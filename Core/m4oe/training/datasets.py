@@ -233,7 +233,8 @@ def _read(reader: Any, path: Path, hints: Hints, file: str) -> Iterator[DataSet]
 def _complete(dataset: DataSet, unused: list[str]) -> DataSet:
     """With what cases.csv says, and a note on images that belong to no case."""
     table = dataset.folder / "cases.csv"
-    cases = _with_table(dataset.cases, table) if table.is_file() else dataset.cases
+    cases = tuple(replace(case, split=None) if case.split == "train" else case for case in dataset.cases)
+    cases = _with_table(cases, table) if table.is_file() else cases
     named = " ".join(finding.sentence for finding in dataset.findings)
     left = [file for file in unused if _is_in(file, dataset.folder) and file not in named]
     note = Finding("", "note", f"{len(left)} images or folders belong to no case, such as {left[0]}.") if left else None

@@ -156,7 +156,8 @@ def _events(
     if ranks.rank > 0:
         yield lambda event: None
         return
-    _keep(folder / "config.json", config.to_json(), "of another configuration", "repeat its options")
+    other = f"of another configuration{_differences(folder / 'config.json', config)}"
+    _keep(folder / "config.json", config.to_json(), other, "repeat its options")
     _keep(folder / "data.sha256", _fingerprint(data, start), "on other data", "give it the same data and start again")
     path = folder / "events.jsonl"
     cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
@@ -177,6 +178,19 @@ def _keep(path: Path, text: str, other: str, cure: str) -> None:
             temporary.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path.parent} holds a run {other}; choose another folder or {cure}")
+
+
+def _differences(path: Path, config: TrainConfig) -> str:
+    """Where the configuration in a file is another one, such as " (stages; seed 0, now 1)"."""
+    if not path.exists():
+        return ""
+    old, new = (json.loads(text) for text in (path.read_text(encoding="utf-8"), config.to_json()))
+    found = [
+        key if isinstance(value, (list, dict)) else f"{key} {old.get(key)}, now {value}"
+        for key, value in new.items()
+        if old.get(key) != value
+    ]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _fingerprint(data: TrainingData, start: MoESwinUNet | None) -> str:

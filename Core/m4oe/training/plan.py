@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -77,6 +77,7 @@ def make_plan(
     val: float = 0.1,
     test: float = 0.2,
     share: bool = False,
+    drawn: Collection[str] = (),
 ) -> tuple[Plan, list[Finding]]:
     """Joins data sets.
 
@@ -88,6 +89,7 @@ def make_plan(
         val: Share of patients for validation.
         test: Share of patients for the test.
         share: Take data sets that share patients, all of them for training.
+        drawn: Experts that learn from synthetic images as well.
 
     Returns:
         The plan, and what to know about it.
@@ -126,11 +128,8 @@ def make_plan(
     structures = _union(usable, old.structures if old else ())
     plan = Plan(structures, usable, dict(sorted(splits.items())), left_out, seed, val, test)
     if not plan.cases("train"):
-        errors = "".join(f"; {case}: {reason.rstrip('.')}" for case, reason in list(left_out.items())[:_NAMED])
-        raise ValueError(
-            f"no labelled case is left for training; {len(left_out)} have errors, see the check of the data{errors}"
-        )
-    return plan, [*findings, *_remarks(plan)]
+        raise ValueError(f"no labelled case is left for training; {_why_none(plan)}")
+    return plan, [*findings, *_remarks(plan, drawn)]
 
 
 def expert_of(case: CaseFiles) -> str:
@@ -207,18 +206,19 @@ def read_plan(path: Path) -> Plan:
 
 
 def _splits(datasets: Iterable[DataSet], sharing: set[str], seed: int, val: float, test: float) -> dict[str, str]:
-    """Split by patient: as the data set says; what it lacks is drawn from its training part; unlabelled ones train."""
+    """Split by patient: as the data set says; what it lacks is drawn from the others; unlabelled ones train."""
     splits = {}
     for dataset in datasets:
         given = {case.split for case in dataset.cases if case.label}
         shares = [0.0 if split in given else share for split, share in (("val", val), ("test", test))]
         for patient, group in groupby(sorted(dataset.cases, key=lambda case: case.patient), lambda case: case.patient):
-            own = [case.split or "train" for case in group if case.label]
-            split = max(own, key=SPLITS.index, default="")
+            own = [case.split for case in group if case.label]
             name = f"{dataset.name}/{patient}"
-            if split == "train" and dataset.name not in sharing:
-                split = draw_split(name, seed, *shares)
-            splits[name] = "train" if dataset.name in sharing else split or "train"
+            if dataset.name in sharing or not own:
+                splits[name] = "train"
+            else:
+                drawn = draw_split(name, seed, *shares)
+                splits[name] = max(filter(None, own), key=SPLITS.index, default=drawn)
     return splits
 
 
@@ -281,18 +281,32 @@ def _check_sharing(datasets: Iterable[DataSet], pair: tuple[str, str], why: str,
 # Structures
 
 
+def _why_none(plan: Plan) -> str:
+    held = [f"{len(plan.cases(split))} for {split}" for split in SPLITS if plan.cases(split)]
+    whys = []
+    if held:
+        cure = "write train for some in the column split of cases.csv, or add patients"
+        whys.append(f"the splits hold back {' and '.join(held)}: {cure}")
+    if plan.left_out:
+        named = "".join(f"; {case}: {reason.rstrip('.')}" for case, reason in list(plan.left_out.items())[:_NAMED])
+        whys.append(f"{len(plan.left_out)} have errors, see the check of the data (m4oe data scan){named}")
+    return "; ".join(whys) or "none has a label, see the check of the data (m4oe data scan)"
+
+
 def _union(datasets: Iterable[DataSet], old: Sequence[str]) -> tuple[str, ...]:
     found = {key for dataset in datasets for case in dataset.cases for key in case.annotated}
     return (*old, *(key for key in catalogue() if key in found - set(old)))
 
 
-def split_remarks(plan: Plan) -> list[Finding]:
-    """Experts that would not be trained, or not be scored."""
+def split_remarks(plan: Plan, drawn: Collection[str] = ()) -> list[Finding]:
+    """Experts that would not be trained, or not on real images, or not be scored."""
     experts = {split: {expert_of(case) for case in plan.cases(split)} for split in SPLITS}
     trained = experts["train"] | {expert_of(case) for case in plan.unlabelled()}
     cure = "add patients, or divide them in the column split of cases.csv"
     sentences = [
-        f"All cases of {name} are in validation or test, so no expert learns from them: {cure}."
+        f"All cases of {name} are in validation or test, so "
+        + ("its expert learns from synthetic images alone" if name in drawn else "no expert learns from them")
+        + f": {cure}."
         for name in sorted((experts["val"] | experts["test"]) - trained)
     ]
     for split, share in (("val", plan.val), ("test", plan.test)):
@@ -302,8 +316,8 @@ def split_remarks(plan: Plan) -> list[Finding]:
     return [Finding("", "warning", sentence) for sentence in sentences]
 
 
-def _remarks(plan: Plan) -> list[Finding]:
-    findings = split_remarks(plan)
+def _remarks(plan: Plan, drawn: Collection[str]) -> list[Finding]:
+    findings = split_remarks(plan, drawn)
     wholes = {
         key: next((whole for whole in ancestry(key) if whole != key and whole in plan.structures), None)
         for key in plan.structures

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +39,11 @@ def load_swin(network: MoESwinUNet, source: str) -> None:
     Raises:
         ValueError: The weights cannot be had, or do not fit the network.
     """
-    tensors = _timm_weights() if source == "timm" else _file_weights(Path(source))
+    tensors = (
+        _timm().create_model(TIMM_MODEL, pretrained=True).state_dict()
+        if source == "timm"
+        else _file_weights(Path(source))
+    )
     renamed = {_our_key(key): value for key, value in tensors.items()}
     weights = {key: value for key, value in renamed.items() if key in network.state_dict()}
     if not weights or network.spec.channels != len(_MEAN):
@@ -87,6 +92,24 @@ def load_expert(network: MoESwinUNet, structures: Sequence[str], source: str) ->
     _load(network, weights, source, cure)
     if missing := sorted(network.state_dict().keys() - weights.keys()):
         raise ValueError(f"{source} lacks {len(missing)} tensors of the network, first {missing[0]}; {cure}")
+
+
+def check_start(source: str) -> None:
+    """Refuses early what `start_network` would refuse late.
+
+    Raises:
+        ValueError: `source` is neither "timm" where that is installed, nor a file, nor an expert of a model.
+    """
+    name, _, expert = (source, "", "") if _is_model(source) else source.rpartition(":")
+    if _is_model(name):
+        if expert:
+            read_spec(find_model(name)).expert_index(expert)
+    elif source == "timm":
+        _timm()
+    elif not Path(source).is_file():
+        read_spec(find_model(name or source))
+    else:
+        _file_weights(Path(source))
 
 
 def start_network(source: str, config: TrainConfig, structures: Sequence[str]) -> MoESwinUNet:
@@ -154,14 +177,14 @@ def _for_unit_intensities(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     return {"patch_embed.weight": weight / std, "patch_embed.bias": bias - (weight * mean / std).sum((1, 2, 3))}
 
 
-def _timm_weights() -> Mapping[str, Tensor]:
+def _timm() -> Any:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
         raise ValueError(
             f"timm cannot be imported ({error}); install it, or name a safetensors file of {TIMM_MODEL} in its place"
         ) from error
-    return timm.create_model(TIMM_MODEL, pretrained=True).state_dict()
+    return timm
 
 
 def _file_weights(path: Path) -> Mapping[str, Tensor]:
