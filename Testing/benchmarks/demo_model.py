@@ -41,8 +41,8 @@ from m4oe.training.synthesis import Synthesiser, preview
 LIMITS = (
     "A demonstration, trained on two patients, three label maps of other bodies, and computer-made phantoms. It finds "
     "large organs in most volumes of the abdomen, with errors that are to be looked for in every case, small ones "
-    "often not at all, and no tumour. Among the MR experts its gate is mostly wrong on T2 with fat suppression: name "
-    "the expert. Beyond the abdomen it may find organs. To try M4oE out; no basis for results, not a medical device."
+    "often not at all, and no tumour: a segment of that name is a false alarm. Among the MR experts its gate can be "
+    "wrong: name the expert. Beyond the abdomen it may find organs. To try M4oE out; not a medical device."
 )
 DATA = (
     "1 CT and 1 T1 MR of TotalSegmentator's tests with their labels, 3 label maps without images (SPL abdominal atlas, "
