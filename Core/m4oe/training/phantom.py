@@ -154,11 +154,19 @@ def _mr(body: Body, rng: Generator, modality: str) -> Array:
     return np.clip(np.rint(image * top), 0, 32767).astype(np.int16)
 
 
-def tissue_signal(rng: Generator, modality: str) -> Array:
-    """Signal per tissue, float32 from 0 to 1; T1 is that of a field of about 1.5 to 3 T."""
+def tissue_signal(rng: Generator, modality: str, varied: bool = False) -> Array:
+    """Signal per tissue, float32 from 0 to 1; T1 is that of a field of about 1.5 to 3 T.
+
+    T2 can be `varied` as much as the literature's values differ: muscle has about 30 ms in one (de Bazelaire et al.,
+    Radiology 2004) and 44 in another (Stanisz et al., MRM 54, 2005), trains of echoes leave fat brighter than its T2
+    tells (Henkelman et al., JMRI 4, 1994), and fast blood has left the slice before its echo.
+    """
     count, density = len(TISSUES), _column("density")
     t1 = _column("t1") * rng.uniform(0.95, 1.3) * np.exp(rng.normal(0, 0.1, count))
-    t2 = _column("t2") * np.exp(rng.normal(0, 0.2, count))
+    t2 = _column("t2") * np.exp(rng.normal(0, 0.2 if varied else 0.1, count))
+    if varied:
+        t2[CODES["muscle"]] *= 1.3
+        t2[[CODES[name] for name in _FAT]] *= rng.uniform(1, 2.2) if modality == "mr_t2" else 1.0
     if modality == "mr_t2":
         signal, flow = _spin_echo(rng, t1, t2, density), rng.uniform(0.1, 1)
     else:
@@ -169,8 +177,8 @@ def tissue_signal(rng: Generator, modality: str) -> Array:
         signal, flow = _gradient_echo(rng, t1, t2, density), rng.uniform(0.6, 1.5)
     for name in ("blood", "aorta", "vein", "inferior_vena_cava"):
         signal[CODES[name]] *= flow if modality != "mr_t1ce" else 1
-    if modality == "mr_t2":
-        signal[CODES["aorta"]] *= rng.uniform(0.1, 1)  # fast blood has left the slice before its echo
+    if varied and modality == "mr_t2":
+        signal[CODES["aorta"]] *= rng.uniform(0.1, 1)
     if rng.random() < {"mr_t1": 0.35, "mr_t2": 0.5, "mr_t1ce": 0.85}[modality]:
         suppressed = rng.uniform(0.05, 0.35)
         for name in _FAT:
@@ -183,11 +191,8 @@ def _spin_echo(rng: Generator, t1: Array, t2: Array, density: Array) -> Array:
     """Signal of a T2-weighted spin echo.
 
     Those triggered by breathing repeat within one to three breaths, too soon for fluid to outshine the kidneys much.
-    Trains of echoes leave fat brighter than its T2 tells (Henkelman et al., JMRI 4, 1994).
     """
     echo, repetition = rng.uniform(60, 120), rng.uniform(1200, 5000)
-    t2 = t2.copy()
-    t2[[CODES[name] for name in _FAT]] *= rng.uniform(1, 2.2)
     return density * (1 - np.exp(-repetition / t1)) * np.exp(-echo / t2)
 
 

@@ -341,7 +341,9 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     if rng.random() < wild:
         drawn = rng.random(len(codes)) ** rng.uniform(0.6, 1.5)
     else:
-        drawn = tissue_signal(rng, contrast)[codes] * np.exp(rng.normal(0, rng.uniform(0.05, 0.22), len(codes)))
+        drawn = tissue_signal(rng, contrast, varied=True)[codes] * np.exp(
+            rng.normal(0, rng.uniform(0.05, 0.22), len(codes))
+        )
         if contrast == "mr_t2" and rng.random() < _IRON:
             drawn = np.where(np.isin(codes, _IRON_IN[rng.integers(2)]), drawn * rng.uniform(0.2, 1), drawn)
     drawn[0] = 0
