@@ -207,3 +207,22 @@ def test_a_gate_that_is_told_the_modality_chooses_among_its_experts() -> None:
     possible = torch.tensor([[True, False, True], [False, True, False]])
     expected = (math.log(1 + math.exp(-3)) + 0) / 2
     assert float(gate_loss(logits, experts, possible)) == pytest.approx(expected)
+
+
+def test_losses_are_the_same_where_the_network_computes_in_bfloat16() -> None:
+    """On more pixels than bfloat16 can count."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(2, 64, 64, 4, generator=generator)
+    labels = torch.randint(4, (2, 64, 64), generator=generator)
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    hidden = torch.rand(2, 64, 64, generator=generator) < 0.5
+    choices = (torch.tensor([0, 1]), torch.ones(2, 2, dtype=torch.bool))
+
+    def losses() -> list[float]:
+        loss = segmentation_loss(scores, labels, everything(scores), FLAT[:4], 0.5)
+        gate = gate_loss(scores[:, 0, 0, :2], *choices)
+        return [float(loss), float(gate), float(reconstruction_loss(scores[..., :3], images, hidden))]
+
+    expected = losses()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert losses() == expected

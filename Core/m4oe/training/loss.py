@@ -7,6 +7,8 @@ E expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,21 @@ from torch import Tensor
 from ..labels import ancestry
 
 Sum = Callable[[Tensor], Tensor]
+P = ParamSpec("P")
+
+
+def in_float32(loss: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """A loss that computes in float32 whatever the network does.
+
+    Under autocast its products would be in bfloat16, and so would its sums over pixels: 256 + 1 is 256 there.
+    """
+
+    @wraps(loss)
+    def computed(predicted: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.autocast(predicted.device.type, enabled=False):
+            return loss(predicted.float(), *args, **kwargs)
+
+    return computed
 
 
 def wholes(structures: Sequence[str]) -> Tensor:
@@ -47,6 +64,7 @@ def known_probabilities(scores_BHWK: Tensor, annotated_BK: Tensor, wholes_KD: Te
     return (scores_BHWK.softmax(-1).flatten(1, 2) @ counts_as_BKK).view(scores_BHWK.shape)
 
 
+@in_float32
 def segmentation_loss(
     scores_BHWK: Tensor,
     labels_BHW: Tensor,
@@ -68,7 +86,7 @@ def segmentation_loss(
             At 0 the background is 95 % of it, and a new network learns nothing else for hundreds of steps.
         add_up: Adds up a tensor over the parts of the batch that other processes hold.
     """
-    known_PK = known_probabilities(scores_BHWK.float(), annotated_BK, wholes_KD).flatten(0, 2)
+    known_PK = known_probabilities(scores_BHWK, annotated_BK, wholes_KD).flatten(0, 2)
     truth_P = labels_BHW.flatten()
     hit_P = known_PK.gather(1, truth_P[:, None])[:, 0]
     surprise_P = -hit_P.clamp(min=torch.finfo(hit_P.dtype).tiny).log()
@@ -86,6 +104,7 @@ def segmentation_loss(
     return cross_entropy + ((1 - dice_K) * share_K).sum()
 
 
+@in_float32
 def gate_loss(logits_BE: Tensor, experts_B: Tensor, possible_BE: Tensor, add_up: Sum = lambda tensor: tensor) -> Tensor:
     """Mean cross-entropy of the gate against each image's own expert.
 
@@ -104,10 +123,11 @@ def gate_loss(logits_BE: Tensor, experts_B: Tensor, possible_BE: Tensor, add_up:
     return total / count
 
 
+@in_float32
 def reconstruction_loss(
     predicted_BHWS: Tensor, images_BSHW: Tensor, hidden_BHW: Tensor, add_up: Sum = lambda tensor: tensor
 ) -> Tensor:
     """Mean absolute error over hidden pixels (Xie et al., "SimMIM", CVPR 2022, section 3.4)."""
-    error_BHW = (predicted_BHWS.float() - images_BSHW.permute(0, 2, 3, 1)).abs().mean(-1)
+    error_BHW = (predicted_BHWS - images_BSHW.permute(0, 2, 3, 1)).abs().mean(-1)
     total, count = add_up(torch.stack([(error_BHW * hidden_BHW).sum(), hidden_BHW.sum().float()])).unbind()
     return total / count.clamp(min=1)
