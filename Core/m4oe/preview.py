@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from .modality import modality_evidence
 from .raster import INK, Facets, Floats, blend, contour, draw_dot, draw_text, fit, lab, render, resize, write_png
 from .resample import CanonicalVolume
 from .spec import IntensityRule
+
+if TYPE_CHECKING:
+    from .training.synthesis import Synthesiser
 
 _WIDTH, _HEIGHT, _MARGIN, _TOP, _GAP, _LEGEND = 1920, 1080, 48, 128, 12, 348
 _EDGE = 26  # pixels around a slice, for its letters and scale
@@ -42,6 +45,7 @@ _THICK = 1.6  # times as long as wide: voxels between which shapes are interpola
 _PAD = 3  # voxels around a structure, so that smoothing does not cut it
 _SAMPLES = 2  # per pixel and axis of the surfaces, for smooth edges
 _TILE, _HEAD = 300, 36  # pixels of a slice that is compared, and above it
+_SMALL, _NAME, _EXAMPLES = 200, 18, 8  # of a synthetic one, of its name; how many there are for an expert
 _GLASS = 0.62  # opacity of a structure that holds another one
 _TILT = np.deg2rad(14)  # of the viewer above the front
 # LPS to right of the picture, down, towards the viewer
@@ -145,6 +149,31 @@ def write_comparison(path: str | os.PathLike[str], cases: Sequence[Comparison], 
             panel = picture[top : top + _TILE, left : left + _TILE]
             panel[:] = 0
             _draw_slice(panel, 0, grey.clip(0, 1), values, np.array(volume.grid.spacing[1::-1]), items)
+    with atomic_write(path) as temporary:
+        write_png(temporary, picture)
+
+
+def write_synthesis(path: str | os.PathLike[str], synthesiser: Synthesiser) -> None:
+    """Writes a PNG with two rows of synthetic images for each expert: as they are, and with their labels.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    spec, step = synthesiser.spec, _SMALL + _GAP
+    items, height = _told_apart(spec.label_keys), 2 * step + _HEAD + _NAME
+    picture = np.full((len(spec.experts) * height, _EXAMPLES * step + _GAP, 3), _PAGE, np.float32)
+    for expert, title in enumerate(spec.expert_names):
+        top = expert * height + _HEAD + _NAME
+        draw_text(picture, expert * height + _HEAD // 2, _GAP, title, 17, bold=True)
+        for column, example in enumerate(synthesiser.examples(expert, _EXAMPLES)):
+            left = _GAP + column * step
+            draw_text(picture, top - _NAME // 2, left, example.name, 12, _MUTED, room=_SMALL)
+            for first, values in ((top, []), (top + step, np.intersect1d(example.labels, list(items)))):
+                panel = picture[first : first + _SMALL, left : left + _SMALL]
+                panel[:] = resize(example.image, panel.shape[:2], order=1)[..., None]
+                for value in values:
+                    field = resize(_field(example.labels == value, np.ones(2)), panel.shape[:2], order=1)
+                    _paint(panel, field, items[int(value)].color)
     with atomic_write(path) as temporary:
         write_png(temporary, picture)
 

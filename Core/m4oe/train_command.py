@@ -174,12 +174,12 @@ def _start(options: argparse.Namespace, config: TrainConfig, structures: Sequenc
 
 def _write_synthesis(path: Path, job: _Job, emit: Emit) -> None:
     """Writes what synthetic images look like, before any time is spent on them."""
-    from .raster import write_png
-    from .training.synthesis import Synthesiser, preview
+    from .preview import write_synthesis
+    from .training.synthesis import Synthesiser
 
-    config = job.config
-    write_png(path, preview(Synthesiser(job.data.spec, job.data.atlases, config.images, config.crop, config.seed)))
-    emit({"event": "synthesis", "picture": str(path), "experts": job.data.spec.expert_names})
+    config, spec = job.config, job.data.spec
+    write_synthesis(path, Synthesiser(spec, job.data.atlases, config.images, config.crop, config.seed))
+    emit({"event": "synthesis", "picture": str(path), "experts": spec.expert_names})
 
 
 def _plan(options: argparse.Namespace, first: bool) -> Plan:

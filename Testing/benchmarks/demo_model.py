@@ -25,7 +25,7 @@ from m4oe.files import read_volume
 from m4oe.names import keys_of
 from m4oe.package import load_model
 from m4oe.predictor import Predictor
-from m4oe.raster import write_png
+from m4oe.preview import write_synthesis
 from m4oe.spec import ModelSpec
 from m4oe.training.atlas import Atlas, load_atlas, negative_atlas
 from m4oe.training.cases import CaseFiles, load_case
@@ -36,7 +36,7 @@ from m4oe.training.phantom import STRUCTURES
 from m4oe.training.phantom_data import phantom_data, unseen_phantoms
 from m4oe.training.score import score_model
 from m4oe.training.start import start_network
-from m4oe.training.synthesis import Synthesiser, preview
+from m4oe.training.synthesis import Synthesiser
 
 LIMITS = (
     "A demonstration, trained on two patients, three label maps of other bodies, and computer-made phantoms. It finds "
@@ -209,7 +209,7 @@ def main() -> None:
     config = demo_config(options.length, mixture)
     data = demo_data(options.data, config)
     synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
-    write_png(options.output / "synthesis.png", preview(synthesiser))
+    write_synthesis(options.output / "synthesis.png", synthesiser)
     start = None
     if options.init:
         start = load_model(Path(options.init))[0] if mixture else start_network(options.init, config, STRUCTURES)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from m4oe.geometry import Grid, Volume
+from m4oe.preview import write_synthesis
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
 from m4oe.training import synthesis
 from m4oe.training.atlas import Atlas, load_atlas, make_atlas, negative_atlas, tissues_of
@@ -16,7 +18,7 @@ from m4oe.training.body import CODES, TISSUES
 from m4oe.training.cases import CaseFiles
 from m4oe.training.data import Case, Sampler
 from m4oe.training.phantom import MODALITIES, tissue_signal
-from m4oe.training.synthesis import Synthesiser, preview
+from m4oe.training.synthesis import Synthesiser
 from scipy import ndimage
 
 STRUCTURES = ("liver", "urinary_bladder", "spleen", "liver_tumor")
@@ -319,11 +321,14 @@ def test_an_expert_of_another_name_sees_every_contrast_of_its_modality() -> None
     assert names == {"person as mr_t1", "person as mr_t2", "person as mr_t1ce"}
 
 
-def test_the_preview_shows_each_expert_with_and_without_labels() -> None:
+def test_the_picture_shows_each_expert_with_and_without_labels(tmp_path: Path) -> None:
     synthesiser = a_synthesiser()
-    picture = preview(synthesiser, columns=3)
-    size = 40 + 2 * synthesiser.margin
-    assert picture.shape == (8 * size, 3 * size, 3)
-    assert picture.min() >= 0 and picture.max() <= 1
-    grey = picture[:size]
-    assert (grey[..., 0] == grey[..., 1]).all() and (picture[size : 2 * size].std(-1) > 0.01).any()
+    write_synthesis(tmp_path / "synthesis.png", synthesiser)
+    picture = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "synthesis.png"))).astype(int)
+    blocks = np.split(picture, len(SPEC.experts))
+    for expert, block in enumerate(blocks):
+        colourful = np.ptp(block, axis=-1) > 40
+        plain, labelled = (colourful[first : first + 200, 12:].mean() for first in (54, 266))
+        shown = [(example.labels > 0).mean() for example in synthesiser.examples(expert, 8)]
+        assert plain == 0
+        assert labelled == pytest.approx(200 / 212 * np.mean(shown), rel=0.15)

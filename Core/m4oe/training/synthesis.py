@@ -18,6 +18,7 @@ Shape suffixes: S slice, H and W row and column, Z source slice, B image, C tiss
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,6 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..labels import structure
 from ..spec import ModelSpec
 from .atlas import Atlas
 from .body import CODES, TISSUES
@@ -55,6 +55,14 @@ _LIVER = [CODES["liver"], CODES["liver_vein"]]
 _IRON_IN = (_LIVER, [*_LIVER, CODES["spleen"]])
 _KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
 _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
+
+
+class Example(NamedTuple):
+    """A synthetic image."""
+
+    name: str  # of the label map, and its contrast
+    image: NDArray[np.float32]  # [H, W] in [0, 1]
+    labels: NDArray[np.uint8]  # [H, W]
 
 
 class Synthesiser:
@@ -225,22 +233,14 @@ class Synthesiser:
             plane_HW += change * liver_mean.clamp(min=0.3) * (radius - away_HW).clamp(0, 1) * (found_HW == liver)
         return torch.where((found_HW == liver) & (away_HW < radius), tumor, found_HW)
 
-    def coloured(self, image_HW3: NDArray[np.float32], labels_HW: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The picture with its structures in their colours."""
-        colours = np.array([(0, 0, 0), *(structure(key).color for key in self.spec.structures)], np.float32) / 255
-        return np.where(labels_HW[..., None] > 0, 0.4 * image_HW3 + 0.6 * colours[labels_HW], image_HW3)
-
-
-def preview(synthesiser: Synthesiser, columns: int = 8) -> NDArray[np.float32]:
-    """A picture [H, W, 3] in [0, 1] of synthetic slices: a row for each expert, and below it the labels on them."""
-    rows = []
-    for expert in range(len(synthesiser.spec.experts)):
-        crops = [synthesiser.draw(expert, np.random.default_rng([expert, column])) for column in range(columns)]
-        greys = [crop.images_BSHW[0, crop.images_BSHW.shape[1] // 2].float().cpu().numpy() for crop in crops]
-        images = [np.repeat(grey[..., None], 3, -1) for grey in greys]
-        labels = [crop.labels_BHW[0].cpu().numpy() for crop in crops]
-        rows += [np.hstack(images), np.hstack(list(map(synthesiser.coloured, images, labels)))]
-    return np.vstack(rows)
+    def examples(self, expert: int, count: int) -> list[Example]:
+        """Synthetic images for an expert, always the same."""
+        found = []
+        for number in range(count):
+            crop = self.draw(expert, np.random.default_rng([expert, number]))
+            image_HW = crop.images_BSHW[0, crop.images_BSHW.shape[1] // 2]
+            found.append(Example(crop.names[0], image_HW.float().cpu().numpy(), crop.labels_BHW[0].cpu().numpy()))
+        return found
 
 
 # Parts of a shape
