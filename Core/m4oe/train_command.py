@@ -46,7 +46,7 @@ def add_train_command(commands: Any) -> None:
     add_sources(train, "what to train on: a plan of m4oe data plan, or data sets, planned in OUT/plan.json", "*")
     train.add_argument("--phantoms", action="store_true", help="on computer-made phantoms instead")
     train.add_argument("--quick", action="store_true", help="in miniature, to see that training works")
-    train.add_argument("--preset", choices=("small", "full"), default="small", help="default: %(default)s")
+    train.add_argument("--preset", choices=("small", "paper", "full"), default="small", help="default: %(default)s")
     train.add_argument("--length", type=float, default=1.0, metavar="F", help="times the preset's steps")
     train.add_argument("--pretrain", type=int, default=0, metavar="N", help="steps of pretraining without labels")
     train.add_argument("--synthesise", action="store_true", help="also draw the label maps as CT and as MR contrasts")
@@ -138,12 +138,12 @@ def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
 
 
 def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
-    from .training.config import FULL, QUICK, SMALL
+    from .training.config import PRESETS
     from .training.plan_data import addition_config, addition_spec, held_back, plan_config, plan_data, planned_experts
     from .training.start import start_addition
 
     cache = options.cache or options.output / "cache"
-    config = _with_options(QUICK if options.quick else {"small": SMALL, "full": FULL}[options.preset], options)
+    config = _with_options(PRESETS["quick" if options.quick else options.preset], options)
     with ranks.first_alone():
         plan = _plan(options, ranks.rank == 0)
         if not options.add_modality:
@@ -205,11 +205,11 @@ def _plan(options: argparse.Namespace, first: bool) -> Plan:
 
 def _with_options(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
     """The preset with the options' name and seed, and its stages as many times as long."""
-    from .training.config import Stage
+    from .training.config import pretrained_stages
 
     stages = tuple(replace(stage, steps=max(1, round(options.length * stage.steps))) for stage in config.stages)
     if options.pretrain:
-        stages = (Stage("pretrain", options.pretrain, stages[0].learning_rate), *stages)
+        stages = pretrained_stages(stages, options.pretrain)
     return replace(config, name=options.name or config.name, seed=options.seed, stages=stages)
 
 

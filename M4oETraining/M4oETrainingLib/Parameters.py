@@ -13,13 +13,15 @@ class Preset(enum.Enum):
 
     QUICK = "quick"
     SMALL = "small"
+    PAPER = "paper"
     FULL = "full"
 
     def label(self) -> str:
         return {
             "quick": _("Quick look: in miniature, to see that it works"),
             "small": _("Small: a small network, hours on a GPU"),
-            "full": _("Full: the network of the paper, days on a GPU"),
+            "paper": _("Paper: pretraining, and a gate in every block as the M4oE paper has it, days on a GPU"),
+            "full": _("Full: a network as large, one gate for a whole volume, days on a GPU"),
         }[self.value]
 
 

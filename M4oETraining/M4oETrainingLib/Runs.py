@@ -6,6 +6,7 @@ import filecmp
 import json
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,19 +207,21 @@ def stages(parameters: Any, experts: int) -> str:
         parameters: The choices.
         experts: How many the data have; 0 where that is not known.
     """
-    from m4oe.training import config
+    from m4oe.training.config import PRESETS, addition_stages, pretrained_stages
 
-    chosen = {"quick": config.QUICK, "small": config.SMALL, "full": config.FULL}[parameters.preset.value]
-    stages, alone = chosen.stages, experts == 1 and not parameters.synthesise  # which adds experts of its own
+    stages, alone = (
+        PRESETS[parameters.preset.value].stages,
+        experts == 1 and not parameters.synthesise,
+    )  # which adds experts of its own
     if parameters.baseModel:
-        stages = config.addition_stages(stages)
+        stages = addition_stages(stages)
     elif alone:
         stages = tuple(stage for stage in stages if stage.name != "gate")
-    steps = [(stage.name, max(1, round(stage.steps * parameters.length))) for stage in stages]
+    stages = tuple(replace(stage, steps=max(1, round(stage.steps * parameters.length))) for stage in stages)
     if parameters.pretrain and not parameters.baseModel:
-        steps = [("pretrain", parameters.pretrain), *steps]
-    text = ", ".join(f"{name} {count:,}" for name, count in steps)
-    known = experts or parameters.synthesise or parameters.baseModel
+        stages = pretrained_stages(stages, parameters.pretrain)
+    text = ", ".join(f"{stage.name} {stage.steps:,}" for stage in stages)
+    known = experts or parameters.synthesise or parameters.baseModel or "gate" not in text
     return text if known else _("{stages} (gate: only for several experts)").format(stages=text)
 
 

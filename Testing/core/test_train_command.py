@@ -73,7 +73,7 @@ def a_data_set(folder: Path, *experts: str) -> Path:
 
 def make_tiny(patch: pytest.MonkeyPatch, config: TrainConfig = TINY, pictures: bool = False) -> None:
     """The small preset for a few voxels, in this process alone."""
-    patch.setattr(configs, "SMALL", config)
+    patch.setitem(configs.PRESETS, "small", config)
     patch.setattr("m4oe.training.cache.os.cpu_count", lambda: 1)
     if not pictures:
         patch.setattr(train_report, "write_preview", lambda path, *given: path.write_bytes(b""))
@@ -102,6 +102,19 @@ def test_a_run_ends_in_a_model_with_scores_and_a_report(base: Path) -> None:
     for words in ("Training of m4oe", "Loss of the segmentation", "Loss of the gate", "Best case", "Worst case"):
         assert words in page
     assert page.count("data:image/png;base64,") == 4 and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_preset_of_the_paper_weighs_all_experts_in_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paper = configs.PAPER
+    stages = tuple(replace(stage, steps=2) for stage in paper.stages)
+    network = replace(NETWORK, gate=paper.network.gate, top_k=paper.network.top_k)
+    monkeypatch.setitem(configs.PRESETS, "paper", replace(TINY, network=network, stages=stages))
+    data = a_data_set(tmp_path / "set", "ct", "mr_t1")
+    assert main(["train", str(data), "-o", str(tmp_path / "run"), "--preset", "paper"]) == 0
+    trained = load_model(tmp_path / "run" / "model.safetensors")[0]
+    assert (trained.spec.gate, trained.spec.top_k, trained.spec.experts) == ("token", 0, 2)
 
 
 def test_a_folder_with_data_is_no_place_for_a_run(tmp_path: Path, capsys: Captured) -> None:

@@ -720,7 +720,10 @@ def test_no_folder_is_chosen_at_first(panel: Any) -> None:
 
 @pytest.mark.parametrize("experts", [("ct",), ("ct", "mr_dixon")])
 @pytest.mark.parametrize("more", [[], ["--synthesise"], ["--pretrain", "7"], ["--add-modality", "mr_dixon"]])
-def test_the_stages_are_those_of_the_training(panel: Any, experts: tuple[str, ...], more: list[str]) -> None:
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+def test_the_stages_are_those_of_the_training(
+    panel: Any, experts: tuple[str, ...], more: list[str], preset: str
+) -> None:
     from m4oe import train_command
     from m4oe.training import config, plan_data
     from M4oETrainingLib import Runs
@@ -730,16 +733,16 @@ def test_the_stages_are_those_of_the_training(panel: Any, experts: tuple[str, ..
     options = parser.parse_args(["train", "data", "-o", "run", "--quick", "--length", "0.3", *more])
     cases = [SimpleNamespace(case=name, expert=name, modality=name[:2].upper()) for name in experts]
     plan = SimpleNamespace(datasets=[SimpleNamespace(cases=cases)], cases=lambda split: cases, unlabelled=list)
-    wanted = train_command._with_options(config.QUICK, options)
+    wanted = train_command._with_options(config.PRESETS[preset], options)
     if options.add_modality:
         stages = config.addition_stages(wanted.stages)
     else:
         stages = plan_data.plan_config(wanted, plan, options.synthesise).stages
-    panel.ui.presetSelector.currentIndex = 0
+    panel.ui.presetSelector.currentIndex = list(config.PRESETS).index(preset)
     panel.parameters.length, panel.parameters.pretrain = 0.3, options.pretrain
     panel.parameters.synthesise, panel.parameters.baseModel = options.synthesise, options.add_modality or ""
     text = Runs.stages(panel.parameters, len(experts))
-    assert text == ", ".join(f"{stage.name} {stage.steps}" for stage in stages)
+    assert text == ", ".join(f"{stage.name} {stage.steps:,}" for stage in stages)
 
 
 def test_the_stages_of_checked_data_are_shown(panel: Any, scans: list[str], tmp_path: Path) -> None:

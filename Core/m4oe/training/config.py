@@ -46,6 +46,14 @@ def addition_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return tuple(replace(stage, name="add") for stage in stages if stage.name in ("experts", "joint"))
 
 
+def pretrained_stages(stages: tuple[Stage, ...], steps: int) -> tuple[Stage, ...]:
+    """The stages with so many steps of pretraining before them."""
+    return (
+        Stage("pretrain", steps, stages[0].learning_rate),
+        *(stage for stage in stages if stage.name != "pretrain"),
+    )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A run, whatever its data.
@@ -141,3 +149,15 @@ FULL = TrainConfig(
     patience=8,
     checkpoint_every=500,
 )
+# What the paper describes: pretraining by reconstruction, an expert for each modality in every block, a gate per block
+# and token that weighs all of them. It does not tell the steps: there are as many as of `FULL`.
+PAPER = replace(
+    FULL,
+    network=replace(FULL.network, gate="token", top_k=0),
+    stages=(
+        Stage("pretrain", 40_000, 5e-4),
+        Stage("experts", 20_000, 3e-4),
+        Stage("joint", 12_000, 1e-4, balance=0.0),
+    ),
+)
+PRESETS = {"quick": QUICK, "small": SMALL, "paper": PAPER, "full": FULL}

@@ -33,7 +33,7 @@ def plan_config(config: TrainConfig, plan: Plan, synthesise: bool = False) -> Tr
     """
     experts = len(planned_experts(plan, synthesise))
     stages = tuple(stage for stage in config.stages if experts > 1 or stage.name != "gate")
-    return replace(config, network=replace(config.network, experts=experts, top_k=1), stages=stages)
+    return replace(config, network=replace(config.network, experts=experts), stages=stages)
 
 
 def addition_config(config: TrainConfig, model: ModelSpec) -> TrainConfig:
