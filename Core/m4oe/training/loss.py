@@ -27,7 +27,7 @@ def in_float32(loss: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Conca
     """
 
     @wraps(loss)
-    def computed(predicted: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def computed(predicted: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         with torch.autocast(predicted.device.type, enabled=False):
             return loss(predicted.float(), *args, **kwargs)
 
