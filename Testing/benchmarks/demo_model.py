@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence import dice_by_key, real_volumes
+from evidence import Held, dice_by_key, real_volumes
 from m4oe.files import read_volume
 from m4oe.names import keys_of
 from m4oe.package import load_model
 from m4oe.predictor import Predictor
 from m4oe.preview import write_synthesis
+from m4oe.resample import CanonicalVolume
 from m4oe.spec import ModelSpec
 from m4oe.training.atlas import Atlas, load_atlas, negative_atlas
 from m4oe.training.cases import CaseFiles, load_case
@@ -54,6 +55,7 @@ LICENCES = (
     "SPL abdominal atlas: 3D Slicer licence part B, modified; CMB-06489: CC BY 4.0"
 )
 FOR_THE_GATE = (("mr/cmb_06489_t2.nii.gz", "mr_t2"),)  # images without labels
+UNSEEN_BY_THE_GATE = (("ct/pancreas_cb001_ct.nii.gz", "ct"), ("ct/crlm_1004_dicom", "ct"))
 PHANTOMS, NEGATIVES, UNSEEN = 40, 12, 5
 ABDOMEN = tuple(key for key in STRUCTURES if key not in ("esophagus", "urinary_bladder", "prostate_or_uterus"))
 PELVIS = ("urinary_bladder", "prostate_or_uterus")
@@ -139,10 +141,10 @@ def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
 def demo_config(length: float, mixture: bool) -> TrainConfig:
     """The stages, `length` times as long; from a mixture on without the first."""
     stages = (
-        Stage("dense", 5500, 1e-3, balance=0.2),
-        Stage("experts", 6000, 7e-4, balance=0.1),
-        Stage("experts", 2000, 3e-4, balance=0.0),
-        Stage("gate", 1000, 2e-3),
+        Stage("dense", 5500, 1e-3, balance=0.35),
+        Stage("experts", 6400, 6e-4, balance=0.35),
+        Stage("experts", 2500, 3e-4, balance=0.15),
+        Stage("gate", 600, 2e-3),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])
     return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)
@@ -153,8 +155,8 @@ def demo_data(data: Path, config: TrainConfig) -> TrainingData:
     phantoms = phantom_data(config, PHANTOMS, say)
     spec = replace(
         phantoms.spec,
-        version="0.5.0",
-        description="Demonstration model: 15 abdominal organs on CT and MR.",
+        version="0.6.0",
+        description="Demonstration model: abdominal organs on CT and MR, the large ones best.",
         licence="Apache-2.0",
         limits=LIMITS,
         training={**phantoms.spec.training, "data": DATA, "licences": LICENCES},
@@ -162,11 +164,49 @@ def demo_data(data: Path, config: TrainConfig) -> TrainingData:
     return TrainingData(spec, [*demo_cases(data, spec), *phantoms.cases], atlases=demo_atlases(data, spec))
 
 
+def own_patients(data: Path) -> list[Held]:
+    """The real images that are trained on, with the labels that are learned."""
+    held = []
+    for source in SOURCES:
+        if source.image:
+            case = demo_case(data, source)
+            held.append(Held(f"learned {source.expert}", case.case, source.expert, *load_case(case, STRUCTURES)))
+    return held
+
+
+def gate_rows(data: Path, predictors: Sequence[Predictor]) -> dict[str, list[list[float]]]:
+    """Weight that the gate alone, without header and HU, gives to the right expert on unseen volumes."""
+    rows: dict[str, list[list[float]]] = {}
+    for name, expert in UNSEEN_BY_THE_GATE:
+        image = read_volume(data / name, 0)
+        for number, predictor in enumerate(predictors):
+            spec = predictor.spec
+            rule = spec.intensity[spec.experts[spec.expert_index(expert)].modality]
+            volume = CanonicalVolume(image, spec.pixel_mm, spec.slice_mm, rule)
+            with torch.inference_mode():
+                stacks = volume.stacks(0, volume.shape[0], spec.network.channels)
+                weight = predictor.network.gate_logits(stacks).mean(0).softmax(0)[spec.expert_index(expert)]
+            cells = rows.setdefault(f"{Path(name).name}, gate alone, weight of {expert}", [[] for _ in predictors])
+            cells[number].append(float(weight))
+    return rows
+
+
+def contour_row(data: Path, predictors: Sequence[Predictor]) -> dict[str, list[list[float]]]:
+    """How much of a contour of the stomach with the first part of the duodenum is found, where little else is drawn."""
+    image, contour = (read_volume(data / f"ct/pancreas_cb001_{part}.nii.gz", 0) for part in ("ct", "label_partial"))
+    cells = []
+    for predictor in predictors:
+        found = predictor(image)[0].array
+        wanted = predictor.spec.labels_of(["stomach", "duodenum"])
+        cells.append([float(np.isin(found[contour.array == 1], wanted).mean())])
+    return {"pancreas_cb001, stomach and duodenum, share found": cells}
+
+
 def score_table(data: Path, models: Sequence[str]) -> str:
     """Dice of the models on labelled real volumes, and mL that they find where there is no abdomen, as Markdown."""
     predictors = [Predictor(model, "cpu", "float32") for model in models]
     rows: dict[str, list[list[float]]] = {}
-    for held in real_volumes(data):
+    for held in [*own_patients(data), *real_volumes(data)]:
         for number, predictor in enumerate(predictors):
             labels, report = predictor(held.image)
             right = report.expert_weights[held.expert] == 1
@@ -177,6 +217,7 @@ def score_table(data: Path, models: Sequence[str]) -> str:
             }
             for key, value in {**told, **named, f"{held.group}, right expert": float(right)}.items():
                 rows.setdefault(key, [[] for _ in models])[number].append(value)
+    rows |= gate_rows(data, predictors) | contour_row(data, predictors)
     for path in sorted([*data.glob("negative/*.nii.gz"), *data.glob("negative_nc/*.nii.gz")]):
         volumes = [predictor(read_volume(path, 0))[1].volumes_ml for predictor in predictors]
         rows[f"{path.name}, mL found"] = [[sum(found.values())] for found in volumes]
@@ -196,6 +237,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("-o", "--output", type=Path, default=Path("run"), metavar="OUT", help="folder of the run")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--length", type=float, default=1.0, metavar="F", help="times the steps")
     parser.add_argument("--init", metavar="MODEL[:EXPERT]", help="to start from: one expert, or all")
     parser.add_argument("--score", nargs="+", metavar="MODEL", help="score these models instead")
@@ -206,15 +249,15 @@ def main() -> None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
     mixture = bool(options.init) and ":" not in options.init
-    config = demo_config(options.length, mixture)
+    config = replace(demo_config(options.length, mixture), seed=options.seed)
     data = demo_data(options.data, config)
     synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
     write_synthesis(options.output / "synthesis.png", synthesiser)
     start = None
     if options.init:
         start = load_model(Path(options.init))[0] if mixture else start_network(options.init, config, STRUCTURES)
-    model = train(config, data, options.output, say, device="cpu", start=start)
-    score_model(model, unseen_phantoms(UNSEEN), say, "cpu")
+    model = train(config, data, options.output, say, device=options.device, start=start)
+    score_model(model, unseen_phantoms(UNSEEN), say, options.device)
     print(model)
 
 

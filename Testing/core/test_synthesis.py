@@ -332,3 +332,66 @@ def test_the_picture_shows_each_expert_with_and_without_labels(tmp_path: Path) -
         shown = [(example.labels > 0).mean() for example in synthesiser.examples(expert, 8)]
         assert plain == 0
         assert labelled == pytest.approx(200 / 212 * np.mean(shown), rel=0.15)
+
+
+def test_both_kidneys_and_all_fat_of_a_body_look_alike() -> None:
+    codes = [CODES[name] for name in ("air", "cortex_right", "cortex_left", "fat", "visceral_fat")]
+    for seed in range(30):
+        for contrast in MODALITIES:
+            _, right, left, *fat = synthesis._signals(codes, contrast, np.random.default_rng(seed), wild=0)[0].tolist()
+            allowed = {"abs": 40} if contrast == "ct" else {"rel": 0.25}
+            assert [right, fat[0]] == pytest.approx([left, fat[1]], **allowed)
+
+
+@pytest.mark.parametrize("slices", [1.0, 1.7, 2.8])
+def test_thick_slices_average_over_their_thickness(slices: float) -> None:
+    edge = torch.zeros(12, 2, 2)
+    edge[6:] = 1
+
+    class Highest:
+        def uniform(self, low: float, high: float) -> float:
+            return high
+
+    thick = synthesis._thick(edge, slices, Highest())  # type: ignore[arg-type]
+    profile = thick[:, 0, 0].diff()
+    width = 1.1 * slices
+    assert float(profile.sum()) == pytest.approx(1, abs=1e-5)
+    assert float((profile > 1e-6).sum()) == 1 + 2 * np.ceil((width - 1) / 2)
+    assert float(profile.max()) == pytest.approx(min(1, 1 / width), abs=1e-5)
+
+
+def test_large_bodies_have_grain_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spread(bank: int) -> float:
+        monkeypatch.setattr(synthesis, "_BANK", bank)
+        synthesiser = a_synthesiser(an_atlas())
+        synthesiser.textures = [None]
+        classes = torch.ones((4, 44, 44), dtype=torch.long)
+        return float(synthesiser._paint(an_atlas(), 0, classes, 0, "mr_t2", np.random.default_rng(3)).std())
+
+    assert spread(1 << 10) == pytest.approx(spread(1 << 21), rel=0.2) and spread(1 << 10) > 0
+
+
+def test_the_dome_of_a_ct_whose_lungs_have_no_label_stays() -> None:
+    image, labels = a_person()
+    image, labels = replace(image, array=image.array.copy()), replace(labels, array=labels.array.copy())
+    for slice_, size in zip(range(6, 12), (9, 7, 5, 3, 0, 0), strict=True):
+        liver = labels.array[slice_] == 1
+        rows, columns = np.nonzero(liver)
+        gone = liver & (
+            np.hypot(*(np.indices(liver.shape) - np.array([rows.mean(), columns.mean()])[:, None, None])) >= size
+        )
+        labels.array[slice_][gone], image.array[slice_][gone] = 0, -850
+    atlas = make_atlas(labels, MEANINGS, ANNOTATED, SPEC, image)
+    shown = (atlas.labels_C[atlas.classes_ZHW] == 1).sum((1, 2))
+    assert len(shown) == SHAPE[0]
+    assert shown.tolist() == (labels.array == 1).sum((1, 2)).tolist()
+    assert "lung" in atlas.tissues
+
+
+def test_little_of_an_mr_body_is_bone() -> None:
+    image, labels = a_person()
+    mr = Volume(np.random.default_rng(0).gamma(4, 50, image.array.shape).astype(np.int16), image.grid, modality="MR")
+    atlas = make_atlas(labels, MEANINGS, ANNOTATED, SPEC, mr)
+    rest = (atlas.labels_C[atlas.classes_ZHW] == 0) & (atlas.classes_ZHW > 0)
+    bone = np.isin(atlas.classes_ZHW, [n for n, name in enumerate(atlas.tissues) if name == "bone"])
+    assert 0.02 < (bone & rest).sum() / rest.sum() < 0.15

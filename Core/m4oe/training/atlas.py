@@ -62,7 +62,14 @@ _LIKE = {  # tissues of a structure, in no order; several where it holds several
     **{key: ("vein",) for key in catalogue() if "vein" in key or "vena" in key},
 }
 _KINDS = {"bone": ("bone", "marrow"), "vessel": ("blood",), "muscle": ("muscle",)}
-_REST = {"CT": ("gas", "visceral_fat", "bowel_wall", "muscle", "bone"), "MR": ("bone", "muscle", "bowel_wall", "fat")}
+_REST_CT = ("gas", "lung", "visceral_fat", "muscle", "bone")  # of what no label names
+_BOWEL = 0.6  # smooth noise above which muscle on CT is the wall of bowel: their HU are the same
+_REST_MR = {
+    "bone": 0.05,
+    "muscle": 0.45,
+    "bowel_wall": 0.2,
+    "fat": 0.3,
+}  # its shares; k-means finds a fifth of it bone
 _MADE_UP = ("visceral_fat", "muscle", "bowel_wall", "bowel_fluid", "gas", "marrow")
 
 
@@ -157,7 +164,7 @@ def make_atlas(
         raise ValueError(f"{name}: the label map shows none of {', '.join(named.values())}")
     if intensity_ZHW is not None:
         known = np.isin(values_ZHW, list(named))
-        parts.add(_inside(intensity_ZHW, modality) & ~known, _REST[modality], 0)
+        parts.add_rest(_inside(intensity_ZHW, modality) & ~known)
     texture_ZHW = _texture(intensity_ZHW, parts.classes_ZHW, modality)
     if GOES_ON.issuperset(_annotated_at_the_top(parts, spec)) and not {"lung", "myocardium"} & _tissues_of(annotated):
         texture_ZHW = parts.continue_upwards(texture_ZHW)
@@ -276,6 +283,14 @@ class _Parts:
         self.tissues += tissues
         self.labels += [label] * len(tissues)
 
+    def add_rest(self, mask: NDArray[np.bool_]) -> None:
+        """Adds what of a body with an image no label names."""
+        self.add(mask, _REST_CT if self.modality == "CT" else tuple(_REST_MR), 0)
+        if self.modality == "CT":
+            noise = _smooth_noise(np.random.default_rng(len(self.tissues)), mask.shape, 5)
+            muscle = len(self.tissues) - 1 - _REST_CT[::-1].index("muscle")
+            self.add(mask & (self.classes_ZHW == muscle) & (noise > _BOWEL), ("bowel_wall",), 0)
+
     def continue_upwards(self, texture_ZHW: NDArray[np.float16] | None) -> NDArray[np.float16] | None:
         """Adds the dome of the liver where it was cut off; returns the texture, mirrored there."""
         rng = np.random.default_rng(len(self.tissues))
@@ -287,7 +302,7 @@ class _Parts:
         return texture_ZHW * (self.classes_ZHW > 0)
 
     def _by_intensity(self, mask: NDArray[np.bool_], tissues: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-        """k-means of smoothed intensities, that start where CT has the tissues, or in MR evenly."""
+        """k-means of smoothed intensities that start where CT has the tissues, in MR evenly; MR's rest by shares."""
         assert self.intensity is not None
         width, weight = (0.5, 0.7, 0.7), mask.astype(np.float32)  # what is beside the mask has no say
         smooth = ndimage.gaussian_filter(self.intensity * weight, width)[mask]
@@ -298,6 +313,9 @@ class _Parts:
             start = [(min(TISSUES[name].hu, 300.0) - rule.low) / (rule.high - rule.low) for name in ordered]
         else:
             ordered = sorted(tissues, key=lambda name: TISSUES[name].density / TISSUES[name].t1)
+            if tissues == tuple(_REST_MR):
+                below = np.cumsum([_REST_MR[name] for name in ordered])[:-1]
+                return ordered, np.searchsorted(np.quantile(smooth, below), smooth)
             start = np.quantile(smooth, (np.arange(len(ordered)) + 0.5) / len(ordered)).tolist()
         return ordered, _nearest_means(smooth, np.array(start))
 

@@ -88,6 +88,11 @@ TISSUES = {
     "tumor_cystic": Tissue(16, 4, 8, 1700, 160, 0.9, 7, "liver_tumor"),
 }
 CODES = {name: code for code, name in enumerate(TISSUES)}  # values of Body.tissue
+_ALIKE = {
+    **{f"{part}_left": f"{part}_right" for part in ("cortex", "medulla", "adrenal")},
+    **{"visceral_fat": "fat", "aorta": "blood", "inferior_vena_cava": "vein"},
+}
+TWINS = [CODES[_ALIKE.get(name, name)] for name in TISSUES]  # by code, the tissue that looks alike in one body
 
 # Trunk by height: half width, front and back of the muscle wall's outside; the same of the cavity within it.
 _TRUNK = np.array(

@@ -403,7 +403,8 @@ def _sampler(run: _Run, stage: Stage) -> Sampler | Synthesiser:
     if real and not drawn:
         return real
     sizes = (config.images, config.crop, config.seed)
-    place = (ranks.rank, ranks.world, run.device)
+    device = "cpu" if run.device.type == "mps" else run.device  # Metal samples no volumes
+    place = (ranks.rank, ranks.world, device)
     return Synthesiser(data.spec, drawn, *sizes, real, *place, gate=stage.name == "gate")
 
 

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from ..geometry import Grid, Volume
 from .anatomy import paint_anatomy
-from .body import CODES, EVERYWHERE, TISSUES, Array, Body, smooth_field
+from .body import CODES, EVERYWHERE, TISSUES, TWINS, Array, Body, smooth_field
 
 MODALITIES = ("ct", "mr_t1", "mr_t2", "mr_t1ce")
 STRUCTURES = (
@@ -162,8 +162,9 @@ def tissue_signal(rng: Generator, modality: str, varied: bool = False) -> Array:
     tells (Henkelman et al., JMRI 4, 1994), and fast blood has left the slice before its echo.
     """
     count, density = len(TISSUES), _column("density")
-    t1 = _column("t1") * rng.uniform(0.95, 1.3) * np.exp(rng.normal(0, 0.1, count))
-    t2 = _column("t2") * np.exp(rng.normal(0, 0.2 if varied else 0.1, count))
+    alike = TWINS if varied else np.arange(count)
+    t1 = _column("t1") * rng.uniform(0.95, 1.3) * np.exp(rng.normal(0, 0.1, count))[alike]
+    t2 = _column("t2") * np.exp(rng.normal(0, 0.2 if varied else 0.1, count))[alike]
     if varied:
         t2[CODES["muscle"]] *= 1.3
         t2[[CODES[name] for name in _FAT]] *= rng.uniform(1, 2.2) if modality == "mr_t2" else 1.0

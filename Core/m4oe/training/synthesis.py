@@ -17,6 +17,7 @@ Shape suffixes: S slice, H and W row and column, Z source slice, B image, C tiss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from ..spec import ModelSpec
 from .atlas import Atlas
-from .body import CODES, TISSUES
+from .body import CODES, TISSUES, TWINS
 from .data import Crops, Sampler
 from .phantom import MODALITIES, tissue_hu, tissue_signal
 
@@ -178,24 +179,24 @@ class Synthesiser:
         means_C, spread_C = _signals(codes, contrast, rng, wild=0.0 if self.gate else _WILD)
         means, spread = means_C.to(self.device), spread_C.to(self.device)
         image_ZHW = means[classes_ZHW]
-        start = int(rng.integers(max(1, _BANK - classes_ZHW.numel())))
-        if classes_ZHW.numel() <= _BANK:
-            noise_ZHW = self.noise[start : start + classes_ZHW.numel()].view(classes_ZHW.shape)
-            image_ZHW = image_ZHW.addcmul(noise_ZHW, spread[classes_ZHW], value=float(rng.uniform(0.3, 1.6)))
+        voxels, start = classes_ZHW.numel(), int(rng.integers(_BANK))
+        bank = self.noise.repeat(-(-(start + voxels) // _BANK))
+        noise_ZHW = bank[start : start + voxels].view(classes_ZHW.shape)
+        image_ZHW = image_ZHW.addcmul(noise_ZHW, spread[classes_ZHW], value=float(rng.uniform(0.3, 1.6)))
         texture = self.textures[number]
         if texture is not None and rng.random() < 0.8:
             strength = 100 * rng.uniform(0, 1.2) if contrast == "ct" else rng.uniform(-0.5, 0.5)
             grain_ZHW = texture[first : first + len(classes_ZHW)].float()
             scale = torch.ones_like(means) if contrast == "ct" else means
             image_ZHW = image_ZHW.addcmul(grain_ZHW, scale[classes_ZHW], value=float(strength))
-        return (image_ZHW + 160) / 400 if contrast == "ct" else image_ZHW
+        rule = self.spec.intensity["CT" if contrast == "ct" else "MR"]
+        return (image_ZHW - rule.low) / (rule.high - rule.low) if contrast == "ct" else image_ZHW
 
     def _finished(
         self, atlas: Atlas, expert: int, image_SHW: Tensor, found_HW: Tensor, contrast: str, rng: Generator
     ) -> Crops:
         """Adds what lies beside and in the body, and scales intensities as the model's rule does."""
         body_HW = image_SHW[len(image_SHW) // 2] > 0.02
-        image_SHW = _softened(image_SHW, rng)
         image_SHW = image_SHW.clamp(0, 1) if contrast == "ct" else _scaled(_shaded(image_SHW, rng), rng)
         if contrast == "ct" and rng.random() < 0.6:
             _add_table(image_SHW, body_HW, self.spec.pixel_mm, rng)
@@ -205,6 +206,7 @@ class Synthesiser:
             _add_arms(image_SHW, body_HW, self.spec.pixel_mm, rng)
         if atlas.slices_of and rng.random() < 0.12:
             found_HW = self._with_lesion(atlas, image_SHW, found_HW, rng)
+        image_SHW = _softened(image_SHW, rng)
         if contrast != "ct":
             _add_artefacts(image_SHW, rng)
         if rng.random() < 0.3:
@@ -247,12 +249,12 @@ class Synthesiser:
 
 
 def _slice(atlas: Atlas, rng: Generator) -> float:
-    """A slice, half of the time one that shows a structure drawn at random; long ones come up a little more often.
+    """A slice, more often than not one that shows a structure drawn at random; long ones come up a little more often.
 
     The ends of a structure are the harder part, and come up more often than its middle.
     """
     if atlas.slices_of and rng.random() >= _ANY_SLICE:
-        length = np.sqrt([len(slices) for slices in atlas.slices_of.values()])
+        length = np.array([len(slices) for slices in atlas.slices_of.values()]) ** 0.25
         slices = atlas.slices_of[int(rng.choice(list(atlas.slices_of), p=length / length.sum()))]
         return float(slices[int(rng.beta(0.6, 0.6) * len(slices))]) + rng.uniform(-0.5, 0.5)
     return rng.uniform(0, len(atlas.classes_ZHW) - 1)
@@ -311,12 +313,14 @@ def _sampled(volume_ZHW: Tensor, places_SHW3: Tensor, mode: str) -> Tensor:
 
 
 def _thick(slab_ZHW: Tensor, slices: float, rng: Generator) -> Tensor:
-    """Slices that average over part or all of their distance; what is left of it is the gap."""
-    reach = int(slices * rng.uniform(0.5, 1.1) / 2)
+    """Slices that average over part or all of their distance, in slices of the atlas; what is left of it is the gap."""
+    thickness = slices * rng.uniform(0.5, 1.1)
+    reach = math.ceil((thickness - 1) / 2)
     if reach < 1:
         return slab_ZHW
-    pool = F.pad(slab_ZHW[None, None], (0, 0, 0, 0, reach, reach), mode="replicate")
-    return F.avg_pool3d(pool, (2 * reach + 1, 1, 1), 1)[0, 0]
+    weights = ((thickness + 1) / 2 - torch.arange(-reach, reach + 1).abs()).clamp(max=1) / thickness
+    padded = F.pad(slab_ZHW[None, None], (0, 0, 0, 0, reach, reach), mode="replicate")
+    return F.conv3d(padded, weights.to(slab_ZHW)[None, None, :, None, None])[0, 0]
 
 
 # Parts of an appearance
@@ -335,15 +339,16 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
         drawn = tissue_hu(rng)[codes]
         if rng.random() < _EXCRETION:
             drawn = drawn + np.isin(codes, _KIDNEY) * rng.uniform(0, 180)
-        drawn = drawn + rng.normal(0, np.where(drawn < -400, 20, 12 + 0.15 * abs(drawn)))
+        drawn = drawn + rng.normal(0, 1, len(TISSUES))[TWINS][codes] * np.where(
+            drawn < -400, 20, 12 + 0.15 * abs(drawn)
+        )
         drawn[0] = -1000
         return torch.from_numpy(drawn).float(), spread
     if rng.random() < wild:
         drawn = rng.random(len(codes)) ** rng.uniform(0.6, 1.5)
     else:
-        drawn = tissue_signal(rng, contrast, varied=True)[codes] * np.exp(
-            rng.normal(0, rng.uniform(0.05, 0.22), len(codes))
-        )
+        alike, own = rng.normal(0, rng.uniform(0.05, 0.22), len(TISSUES))[TWINS][codes], rng.normal(0, 0.04, len(codes))
+        drawn = tissue_signal(rng, contrast, varied=True)[codes] * np.exp(alike + own)
         if contrast == "mr_t2" and rng.random() < _IRON:
             drawn = np.where(np.isin(codes, _IRON_IN[rng.integers(2)]), drawn * rng.uniform(0.2, 1), drawn)
     drawn[0] = 0
