@@ -17,7 +17,7 @@ from .data_commands import add_sources, plan_folders
 from .jobs import Cancelled
 from .spec import DEFAULT_MODEL, find_model, read_spec
 from .terminal import count, one_line, prepare_folder, say, score_table
-from .training_run import EVENTS, check_folder
+from .training_run import EVENTS, SYNTHESIS, check_folder
 
 if TYPE_CHECKING:
     from .network.unet import MoESwinUNet
@@ -82,12 +82,12 @@ def _train(options: argparse.Namespace) -> int:
     with joined_ranks() as ranks, _listener(options) as emit:
         logged = partial(_log, options.output, emit) if ranks.rank == 0 and not options.estimate else emit
         job = _phantom_job(options, logged) if options.phantoms else _plan_job(options, ranks, logged)
+        if job.data.atlases and ranks.rank == 0:
+            _write_synthesis(options.output / SYNTHESIS, job, logged)
         if options.estimate:
             found = estimate(job.config, job.data, device, job.start)
             print(json.dumps(found) if options.json else _estimate_line(found))
             return 0
-        if job.data.atlases and ranks.rank == 0:
-            _write_synthesis(options.output / "synthesis.png", job, logged)
         try:
             model = train(job.config, job.data, options.output, emit, ranks, device, job.start)
         except Cancelled as pause:

@@ -23,8 +23,11 @@ EVENTS = "events.jsonl"
 ERROR = "m4oe: error: "  # begins the line in which a command says why it fails
 ACTIVE = ("running", "pausing", "stopping")  # states of a run that has a process
 PATIENCE = 60.0  # seconds in which a run has to obey
+SYNTHESIS = "synthesis.png"
 _FACTS, _LOG = "run.json", "run.log"
-_BEFORE = frozenset({"plan.json", "cache", "config.json", "data.sha256", "tensorboard", PAUSE, _LOG})  # comes first
+_BEFORE = frozenset(
+    {"plan.json", "cache", "config.json", "data.sha256", "tensorboard", SYNTHESIS, PAUSE, _LOG}
+)  # first
 _TAIL_BYTES, _TAIL_LINES = 8192, 8
 _STILL_ACTIVE = 259
 _children: list[subprocess.Popen[bytes]] = []  # asked now and then, so that no dead one is taken for alive
@@ -200,7 +203,7 @@ def check_folder(folder: Path) -> None:
         ValueError: It does.
     """
     names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
-    if strange := sorted(names - _BEFORE) if names.isdisjoint((_FACTS, EVENTS)) else []:
+    if strange := sorted(names.difference(_FIRST)) if names.isdisjoint((_FACTS, EVENTS)) else []:
         raise ValueError(f"{folder} holds something else than a training, such as {strange[0]}; choose an empty folder")
 
 

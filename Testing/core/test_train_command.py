@@ -181,6 +181,14 @@ def test_an_estimate_trains_nothing(tmp_path: Path, capsys: Captured) -> None:
     )
 
 
+def test_an_estimate_shows_what_would_be_drawn(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    data = ["train", str(a_data_set(tmp_path / "set", "ct")), "-o", str(run), "--synthesise"]
+    assert main([*data, "--estimate"]) == 0
+    assert (run / "synthesis.png").exists() and not (run / "events.jsonl").exists()
+    assert main(data) == 0
+
+
 def test_a_plan_is_made_anew_until_training_has_begun(tmp_path: Path, capsys: Captured) -> None:
     data, run = a_data_set(tmp_path / "set", "ct"), tmp_path / "run"
     assert main(["train", str(data), "-o", str(run), "--estimate"]) == 0
