@@ -25,9 +25,7 @@ ACTIVE = ("running", "pausing", "stopping")  # states of a run that has a proces
 PATIENCE = 60.0  # seconds in which a run has to obey
 SYNTHESIS = "synthesis.png"
 _FACTS, _LOG = "run.json", "run.log"
-_BEFORE = frozenset(
-    {"plan.json", "cache", "config.json", "data.sha256", "tensorboard", SYNTHESIS, PAUSE, _LOG}
-)  # first
+_FIRST = ("plan.json", "cache", "config.json", "data.sha256", "tensorboard", SYNTHESIS, PAUSE, _LOG)
 _TAIL_BYTES, _TAIL_LINES = 8192, 8
 _STILL_ACTIVE = 259
 _children: list[subprocess.Popen[bytes]] = []  # asked now and then, so that no dead one is taken for alive
