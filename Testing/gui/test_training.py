@@ -102,9 +102,9 @@ def pick(selector: Any, text: str) -> None:
     selector.activated.emit(number)
 
 
-def segmented(segmentation: Any, volume: Volume) -> str:
+def segmented(segmentation: Any, volume: Volume, name: str = "CT") -> str:
     """Segments a volume in the other panel with the model of the training; the name of the result."""
-    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name="CT")
+    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name=name)
     pick(segmentation.ui.modelSelector, "mine 1")
     segmentation.ui.inputSelector.setCurrentNode(node)
     segmentation.ui.applyButton.click()
@@ -159,16 +159,21 @@ def test_a_training_is_started_paused_resumed_finished_and_used(
     assert segmented(open_panel("M4oESegmentation"), a_case(2)[0]).startswith("CT") and dialogs.errors == []
 
 
+def real_data(volume: Path, folder: Path, modality: str = "") -> Path:
+    """One real volume as the cases for training, validation and test."""
+    folder.mkdir()
+    for case in ("a0", "a1", "a2"):
+        shutil.copyfile(f"{volume}.nii.gz", folder / f"{case}.nii.gz")
+        shutil.copyfile(f"{volume}_label_flare13.nii.gz", folder / f"{case}_label.nii.gz")
+    rows = ("case,modality,split", f"a0,{modality},train", f"a1,{modality},val", f"a2,{modality},test")
+    (folder / "cases.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
 def test_a_model_of_a_real_ct_segments_it(
     panel: Any, tmp_path: Path, dialogs: Any, open_panel: Callable[[str], Any], shared_data: Path
 ) -> None:
-    data, run = tmp_path / "data", tmp_path / "run"
-    data.mkdir()
-    for case in ("a0", "a1", "a2"):
-        for end in ("", "_label"):
-            source = shared_data / "ct" / f"ts_ct_3mm_small{end and '_label_flare13'}.nii.gz"
-            shutil.copyfile(source, data / f"{case}{end}.nii.gz")
-    (data / "cases.csv").write_text("case,split\na0,train\na1,val\na2,test", encoding="utf-8")
+    data, run = real_data(shared_data / "ct" / "ts_ct_3mm_small", tmp_path / "data"), tmp_path / "run"
     choose(panel, data, run, 0.001, "1=liver,3=spleen,2=-,4-13=-")
     panel.ui.startButton.click()
     settle(state(panel, "finished", "failed"), 600)
@@ -177,6 +182,26 @@ def test_a_model_of_a_real_ct_segments_it(
     assert spec.structures == ("liver", "spleen") and spec.expert_names == ("ct",)
     volume = read_volume(data / "a2.nii.gz")
     assert segmented(open_panel("M4oESegmentation"), volume).startswith("CT") and dialogs.errors == []
+
+
+def test_a_model_that_got_an_expert_for_a_real_mr_segments_it(
+    installed_model: Path,
+    panel: Any,
+    tmp_path: Path,
+    dialogs: Any,
+    open_panel: Callable[[str], Any],
+    shared_data: Path,
+) -> None:
+    data, run = real_data(shared_data / "mr" / "ts_mr_t1_3mm", tmp_path / "data", "MR"), tmp_path / "run"
+    choose(panel, data, run, 0.001, "1=liver,3=spleen,2=-,4-13=-")
+    pick(panel.ui.baseModelSelector, "tiny")
+    panel.ui.expertEdit.text = "mr_t1"
+    panel.ui.startButton.click()
+    settle(state(panel, "finished", "failed"), 600)
+    assert panel.ui.statusLabel.text.startswith("Finished"), panel.ui.statusLabel.text
+    assert read_spec(run / "model.safetensors").expert_names == ("ct", "mr_t1")
+    volume = read_volume(data / "a2.nii.gz")
+    assert segmented(open_panel("M4oESegmentation"), volume, "MR").startswith("MR") and dialogs.errors == []
 
 
 def test_data_are_checked_in_the_background(panel: Any, data: Path) -> None:
