@@ -112,10 +112,10 @@ def test_cases(source: str) -> str:
     return str(folder)
 
 
-def start_on(panel: Any, data: str, name: str) -> None:
+def start_on(panel: Any, data: str, name: str, synthesise: bool = False) -> None:
     """Starts a new model's training on these data alone."""
     panel.parameters.baseModel = panel.parameters.expert = ""
-    panel.parameters.name = "m4oe"
+    panel.parameters.name, panel.parameters.synthesise = "m4oe", synthesise
     panel.ui.dataTable.setCurrentCell(0, 0)
     panel.ui.removeDataButton.click()
     add_data(panel, data)
@@ -125,12 +125,10 @@ def start_on(panel: Any, data: str, name: str) -> None:
 
 def draw(panel: Any, source: str) -> None:
     """Trains with synthetic images until they are shown, and stops."""
-    panel.ui.synthesiseCheckBox.click()
-    start_on(panel, source, "contrasts")
+    start_on(panel, source, "contrasts", synthesise=True)
     settle(lambda: panel._view.state == "failed" or not panel.ui.previewLabel.pixmap.isNull(), 900)
     panel.ui.stopButton.click()
     settle(lambda: panel._view.state in ("stopped", "failed"), 300)
-    panel.ui.synthesiseCheckBox.click()
 
 
 def fail(panel: Any, source: str) -> None:
