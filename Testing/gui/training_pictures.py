@@ -54,7 +54,7 @@ def main(source: str, other: str, target: str, length: float = 0.4) -> None:
     photograph(panel, folder / "training-paused.png", ["training"])
     ui.resumeButton.click()
     settle(lambda: panel._view.state in ("finished", "failed"), 1800)
-    photograph(panel, folder / "training-finished.png", ["training", "runs"])
+    photograph(panel, folder / "training-finished.png", ["runs"])
     for number, name in enumerate(("loss", "dice")):
         ui.plotSelector.currentIndex = number
         ui.plotButton.checked = False
