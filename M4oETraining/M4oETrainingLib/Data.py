@@ -230,7 +230,7 @@ def _scanned(folder: str, datasets: list[dict[str, Any]]) -> _Scan:
     kinds = Counter(finding["severity"] for finding in findings)
     names = {"error": _("errors"), "warning": _("warnings"), "note": _("notes")}
     structures = ", ".join(f"{structure(key).name} ({count})" for key, count in counts.items())
-    told = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
+    told = ", ".join(f"{name}: {kinds[kind]}" for kind, name in names.items() if kinds[kind])
     kind = {"error": _("Error: {what}"), "warning": _("Warning: {what}"), "note": _("Note: {what}")}
     lines = tuple(
         kind[finding["severity"]].format(what=f"{finding['case'] or folder}: {finding['sentence']}")

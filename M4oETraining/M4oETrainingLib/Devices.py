@@ -60,7 +60,9 @@ class DeviceSection:
         self._ui.refreshDevicesButton.enabled = not self.busy
 
     def _show(self, devices: Any) -> None:
-        Worker.showDevices(self._ui.deviceSelector, devices, Worker.setting("trainingDevice", "auto"))
+        box = self._ui.deviceSelector
+        Worker.showDevices(box, devices, Worker.setting("trainingDevice", "auto"))
+        box.view().setMinimumWidth(box.view().sizeHintForColumn(0))  # whole names and memory, also in a narrow panel
 
     def _keep(self, index: int) -> None:
         Worker.setSetting("trainingDevice", self._ui.deviceSelector.currentData)

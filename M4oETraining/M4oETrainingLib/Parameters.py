@@ -20,8 +20,8 @@ class Preset(enum.Enum):
         return {
             "quick": _("Quick look: in miniature, to see that it works"),
             "small": _("Small: a small network, hours on a GPU"),
-            "paper": _("Paper: pretraining, and a gate in every block as the M4oE paper has it, days on a GPU"),
-            "full": _("Full: a network as large, one gate for a whole volume, days on a GPU"),
+            "paper": _("Paper: as published, gates in all blocks, days on a GPU"),
+            "full": _("Full: as large, one gate for a volume, days on a GPU"),
         }[self.value]
 
 

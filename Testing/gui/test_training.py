@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from m4oe.geometry import Grid, Volume
 from m4oe.network.unet import MoESwinUNet
 from m4oe.package import save_model
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec, read_spec
+from m4oe.training_run import Run
 
+CORE = str(Path(__file__).resolve().parents[2] / "Core")
 SHAPE = (4, 20, 20)
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
 
@@ -70,7 +73,7 @@ def installed_model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def panel(open_panel: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / "Core"))
+    monkeypatch.setenv("PYTHONPATH", CORE)
     monkeypatch.setattr("shutil.which", lambda name: sys.executable)
     widget = open_panel("M4oETraining")
     yield widget
@@ -99,9 +102,9 @@ def pick(selector: Any, text: str) -> None:
     selector.activated.emit(number)
 
 
-def segmented(segmentation: Any, volume: Volume) -> str:
+def segmented(segmentation: Any, volume: Volume, name: str = "CT") -> str:
     """Segments a volume in the other panel with the model of the training; the name of the result."""
-    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name="CT")
+    node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name=name)
     pick(segmentation.ui.modelSelector, "mine 1")
     segmentation.ui.inputSelector.setCurrentNode(node)
     segmentation.ui.applyButton.click()
@@ -128,12 +131,21 @@ def test_a_training_is_started_paused_resumed_finished_and_used(
     assert panel._view.state == "paused" and ui.resumeButton.enabled and not ui.pauseButton.enabled
     before = slicer.app.layoutManager().layout
     ui.plotButton.click()
+    pick(ui.plotSelector, "Dice per structure")
+    curves = panel._view.curves
+    lengths = {name: {curves[name]._table.GetNumberOfRows()} for name in ("loss", "dice")}
+
+    def watched() -> bool:
+        if panel._view.state == "running":
+            for name, seen in lengths.items():
+                seen.add(curves[name]._table.GetNumberOfRows())
+        return state(panel, "finished", "failed")()
+
     ui.resumeButton.click()
-    settle(state(panel, "finished", "failed"), 600)
+    settle(watched, 600)
     assert ui.statusLabel.text.startswith("Finished") and ui.progressBar.value == 100
-    panel._view.curves["loss"].update()
-    table = panel._view.curves["loss"]._table
-    assert table.GetNumberOfRows() == len(panel._view.curves["loss"]._rows) > 2
+    assert all(len(seen) > 1 for seen in lengths.values()), lengths  # drawn while it ran
+    assert all(curves[name]._table.GetNumberOfRows() == len(curves[name]._rows) for name in lengths)
     assert ui.diceTable.rowCount == 2 and not ui.previewLabel.pixmap.isNull()
     ui.plotSelector.currentIndex = 1
     panel.onPlot()
@@ -147,16 +159,21 @@ def test_a_training_is_started_paused_resumed_finished_and_used(
     assert segmented(open_panel("M4oESegmentation"), a_case(2)[0]).startswith("CT") and dialogs.errors == []
 
 
+def real_data(volume: Path, folder: Path, modality: str = "") -> Path:
+    """One real volume as the cases for training, validation and test."""
+    folder.mkdir()
+    for case in ("a0", "a1", "a2"):
+        shutil.copyfile(f"{volume}.nii.gz", folder / f"{case}.nii.gz")
+        shutil.copyfile(f"{volume}_label_flare13.nii.gz", folder / f"{case}_label.nii.gz")
+    rows = ("case,modality,split", f"a0,{modality},train", f"a1,{modality},val", f"a2,{modality},test")
+    (folder / "cases.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
 def test_a_model_of_a_real_ct_segments_it(
     panel: Any, tmp_path: Path, dialogs: Any, open_panel: Callable[[str], Any], shared_data: Path
 ) -> None:
-    data, run = tmp_path / "data", tmp_path / "run"
-    data.mkdir()
-    for case in ("a0", "a1", "a2"):
-        for end in ("", "_label"):
-            source = shared_data / "ct" / f"ts_ct_3mm_small{end and '_label_flare13'}.nii.gz"
-            shutil.copyfile(source, data / f"{case}{end}.nii.gz")
-    (data / "cases.csv").write_text("case,split\na0,train\na1,val\na2,test", encoding="utf-8")
+    data, run = real_data(shared_data / "ct" / "ts_ct_3mm_small", tmp_path / "data"), tmp_path / "run"
     choose(panel, data, run, 0.001, "1=liver,3=spleen,2=-,4-13=-")
     panel.ui.startButton.click()
     settle(state(panel, "finished", "failed"), 600)
@@ -165,6 +182,26 @@ def test_a_model_of_a_real_ct_segments_it(
     assert spec.structures == ("liver", "spleen") and spec.expert_names == ("ct",)
     volume = read_volume(data / "a2.nii.gz")
     assert segmented(open_panel("M4oESegmentation"), volume).startswith("CT") and dialogs.errors == []
+
+
+def test_a_model_that_got_an_expert_for_a_real_mr_segments_it(
+    installed_model: Path,
+    panel: Any,
+    tmp_path: Path,
+    dialogs: Any,
+    open_panel: Callable[[str], Any],
+    shared_data: Path,
+) -> None:
+    data, run = real_data(shared_data / "mr" / "ts_mr_t1_3mm", tmp_path / "data", "MR"), tmp_path / "run"
+    choose(panel, data, run, 0.001, "1=liver,3=spleen,2=-,4-13=-")
+    pick(panel.ui.baseModelSelector, "tiny")
+    panel.ui.expertEdit.text = "mr_t1"
+    panel.ui.startButton.click()
+    settle(state(panel, "finished", "failed"), 600)
+    assert panel.ui.statusLabel.text.startswith("Finished"), panel.ui.statusLabel.text
+    assert read_spec(run / "model.safetensors").expert_names == ("ct", "mr_t1")
+    volume = read_volume(data / "a2.nii.gz")
+    assert segmented(open_panel("M4oESegmentation"), volume, "MR").startswith("MR") and dialogs.errors == []
 
 
 def test_data_are_checked_in_the_background(panel: Any, data: Path) -> None:
@@ -219,6 +256,43 @@ def test_a_run_goes_on_when_the_scene_is_closed_and_is_found_again(
     settle(state(panel, "stopped"))
     second.ui.forgetButton.click()
     assert second.ui.runSelector.count == 0 and (run / "checkpoint.safetensors").exists()
+
+
+# Another Slicer, in which a user starts a training.
+SLICER = """
+import shutil, sys
+from pathlib import Path
+tests, settings, data, run = sys.argv[1:]
+sys.path.insert(0, tests)
+import conftest, qt, test_training
+from harness.application import open_module, settle
+qt.QSettings.setDefaultFormat(qt.QSettings.IniFormat)
+qt.QSettings.setPath(qt.QSettings.IniFormat, qt.QSettings.UserScope, settings)
+shutil.which = lambda name: sys.executable
+panel = open_module(conftest.ROOT / "M4oETraining" / "M4oETraining.py")
+test_training.choose(panel, Path(data), Path(run), 0.3)
+panel.ui.startButton.click()
+settle(lambda: False, 600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
+def test_a_training_outlives_the_slicer_that_started_it(
+    data: Path, tmp_path: Path, open_panel: Callable[[str], Any]
+) -> None:
+    run, words = tmp_path / "run", [str(Path(__file__).parent), str(tmp_path / "settings")]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLICER, *words, str(data), str(run)],
+        env={**os.environ, "PYTHONPATH": CORE},
+        start_new_session=True,
+    ) as started:
+        settle(lambda: (run / "events.jsonl").exists() or started.poll() is not None, 600)
+        os.killpg(started.pid, signal.SIGKILL)  # with all that would end with it, as when a terminal is closed
+    assert Run(run).state() == "running"
+    panel = open_panel("M4oETraining")
+    assert panel.ui.runSelector.currentData == str(run) and panel._view.state == "running"
+    settle(state(panel, "finished", "failed"), 600)
+    assert Run(run).state() == "finished" and (run / "model.safetensors").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
