@@ -259,7 +259,7 @@ def _demo(options: argparse.Namespace) -> int:
     volume = phantom.image if phantom else read_input(options.input, name, options)
     image = options.output / f"{name}.nii.gz" if phantom else options.input
     voice = Voice()
-    start_folder(options.output, predictor.spec, voice)
+    start_folder(options, predictor, voice)
     if phantom:
         write_volume(image, volume)
     say(f"1/1 {name} ...")

@@ -193,13 +193,13 @@ def _devices() -> list[Device]:
     import psutil
     import torch
 
-    from .predictor import available_devices
+    from .predictor import available_devices, why_cpu
 
     devices = []
     for name in available_devices():
         free, description = psutil.virtual_memory().available, "Apple GPU"
         if name == "cpu":
-            description = f"CPU, {os.cpu_count()} cores"
+            description = f"CPU, {os.cpu_count()} cores{(why := why_cpu()) and f', as {why}'}"
         elif name.startswith("cuda"):
             free, description = 0, torch.cuda.get_device_name(name)
             with suppress(RuntimeError):  # so full that it cannot even be asked
