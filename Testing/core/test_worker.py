@@ -329,6 +329,17 @@ def test_labels_are_those_of_the_predictor_and_the_model_stays(model: Path, othe
     assert phases == [["send", "load", "prepare", "segment", "receive"], ["send", "prepare", "segment", "receive"]]
 
 
+def test_a_run_makes_no_temporary_file(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    os.utime(folder, (1, 1))
+    names = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
+    with Client(environment={**os.environ, **names}) as client:
+        client.segment(a_ct(), model=model, device="cpu", precision="float32")
+    assert not list(folder.iterdir())
+    assert folder.stat().st_mtime == 1  # nor one that was removed again
+
+
 def test_a_model_that_was_replaced_is_loaded_again(other_python: Client, tmp_path: Path) -> None:
     path, found = tmp_path / "run.safetensors", []
     for seed in (1, 2):
