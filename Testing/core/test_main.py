@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import pty
@@ -791,6 +792,7 @@ def test_info_shows_limits_and_scores(model: Path, capsys: Captured) -> None:
     assert main(["info", str(model)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny 1") and "Knows nothing." in lines
+    assert f"sha256: {hashlib.sha256(model.read_bytes()).hexdigest()}" in lines
     stages = lines.index("training stages:")
     assert lines[stages + 1 : stages + 3] == [
         "  dense: 2400 steps, learning rate 0.0015",
