@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}. Open M4oE Segmentation and press Install under Installation and doctor.", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(error, file=sys.stderr)
+        from m4oe.terminal import one_line
+
+        print(one_line(error), file=sys.stderr)
         return 1
     if code == 0:
         print(f"<filter-end><filter-name>{NAME}</filter-name><filter-time>0</filter-time></filter-end>", flush=True)
