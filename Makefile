@@ -23,6 +23,8 @@ demo: .venv/installed ## segment a made-up volume, or INPUT=file, and draw it, i
 
 test: .venv/installed-test .slicer-stable/installed ## run all tests, two kinds at a time
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-training test-nodes test-nodes-stable test-gui test-gui-stable
+	@PATH="$$PATH:/usr/sbin" command -v sshd > /dev/null || \
+	  echo 'Skipped: the tests of workers behind ssh, as openssh-server is not installed.'
 
 test-core: .venv/installed-test ## test the package, but for training
 	$(BIN)/python -m pytest Testing/core $(addprefix --ignore=,$(TRAINING_TESTS))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python-real
-"""Command-line module of Slicer that segments a volume file into a label map."""
+"""Command-line module of Slicer that segments a volume file into a label map, or a folder or table of volumes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ if importlib.util.find_spec("m4oe") is None:  # Core in the source tree; an exte
 def parser() -> argparse.ArgumentParser:
     """The parameters, as M4oESegmentCLI.xml describes them to Slicer."""
     parser = argparse.ArgumentParser(prog="M4oESegmentCLI")
-    parser.add_argument("inputVolume")
-    parser.add_argument("outputLabelMap")
+    parser.add_argument("--input-volume", dest="inputVolume", default="")
+    parser.add_argument("--output-label-map", dest="outputLabelMap", default="")
+    for name in ("inputVolume", "outputLabelMap"):  # or by their places; only what has a flag may be left out in Slicer
+        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS)
     parser.add_argument("--color-table", dest="colorTable", default="")
+    parser.add_argument("--input-folder", dest="inputFolder", default="")
+    parser.add_argument("--input-table", dest="inputTable", default="")
+    parser.add_argument("--output-folder", dest="outputFolder", default="")
     parser.add_argument("--model", default="m4oe-demo")
     parser.add_argument("--expert", default="auto")
     parser.add_argument("--structures", default="")
@@ -38,19 +43,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     print(f"<filter-start><filter-name>{NAME}</filter-name><filter-comment>Segmenting</filter-comment></filter-start>")
     try:
-        segment(options)
+        code = segment(options) if options.inputVolume else segment_batch(options)
     except ImportError as error:
         print(f"{error}. Open M4oE Segmentation and press Install under Installation and doctor.", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(error, file=sys.stderr)
+        from m4oe.terminal import one_line
+
+        print(one_line(error), file=sys.stderr)
         return 1
-    print(f"<filter-end><filter-name>{NAME}</filter-name><filter-time>0</filter-time></filter-end>", flush=True)
-    return 0
+    if code == 0:
+        print(f"<filter-end><filter-name>{NAME}</filter-name><filter-time>0</filter-time></filter-end>", flush=True)
+    return code
 
 
-def segment(options: argparse.Namespace) -> None:
+def segment_batch(options: argparse.Namespace) -> int:
+    """Segments a folder or table as `m4oe segment` does, and goes on where an earlier run ended."""
+    from m4oe.__main__ import main
+
+    source = options.inputTable or options.inputFolder  # Slicer's panel always names some folder
+    if not (source and options.outputFolder):
+        raise ValueError(
+            "there is nothing to segment: choose an input volume and an output label map, "
+            "or an input folder (or table) and an output folder"
+        )
+    words = ["segment", source, "-o", options.outputFolder, "--resume", "--preview"]
+    words += ["--model", options.model, "--expert", options.expert]
+    words += ["--device", options.device, "--quality", options.quality]
+    return main([*words, *(["--structures", options.structures] if options.structures else [])])
+
+
+def segment(options: argparse.Namespace) -> int:
     """Reads the volume, writes the label map and, where one is wanted, its color table."""
+    if not options.outputLabelMap:
+        raise ValueError("an output label map is missing: choose one for the input volume")
     from m4oe.files import read_volume, write_segmentation
     from m4oe.predictor import Predictor
 
@@ -69,6 +95,7 @@ def segment(options: argparse.Namespace) -> None:
             shutil.move(table, options.colorTable)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    return 0
 
 
 def tell(phase: str, fraction: float) -> None:

@@ -7,6 +7,7 @@ output closed, 143 terminated.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import signal
@@ -228,6 +229,8 @@ def _info(options: argparse.Namespace) -> int:
     spec = read_spec(path)
     lines = [f"{spec.name} {spec.version}  {path}", spec.description, spec.limits]
     lines.append(f"licence: {spec.licence or 'not given'}")
+    with path.open("rb") as file:
+        lines.append(f"sha256: {hashlib.file_digest(file, 'sha256').hexdigest()}")
     facts = {key: value for key, value in spec.training.items() if key != "scored_cases"}  # which the table shows
     lines += [line for key, value in facts.items() for line in _fact(f"training {key}", value)]
     lines.append(f"input: {spec.pixel_mm:g} mm pixels, {spec.slice_mm:g} mm slices or thicker\n")
@@ -259,7 +262,7 @@ def _demo(options: argparse.Namespace) -> int:
     volume = phantom.image if phantom else read_input(options.input, name, options)
     image = options.output / f"{name}.nii.gz" if phantom else options.input
     voice = Voice()
-    start_folder(options.output, predictor.spec, voice)
+    start_folder(options, predictor, voice)
     if phantom:
         write_volume(image, volume)
     say(f"1/1 {name} ...")

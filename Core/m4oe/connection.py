@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ PATIENCE = 1.0  # seconds that a worker has to obey
 _TAIL_BYTES, _TAIL_LINES, _TAIL_WIDTH = 8192, 12, 300
 _MOST_NOISE = 1000  # lines before the greeting, such as a login shell's
 _KILLED, _SSH_FAILED = (-9, 137), 255
+_OLD_PYTHON = re.compile(rb"(?i)unknown option:? -P\b")  # which 3.11 brought
 
 
 class Frame(NamedTuple):
@@ -59,7 +61,11 @@ class Connection:
         self._ended = self._greeted = False
         self._tail = b""
         self._outbox: SimpleQueue[Frame | None] = SimpleQueue()
-        self._alarm = _timer(timeout, self._end, f"the worker did not answer within {timeout:g} s")
+        late = (
+            f"the worker did not answer within {timeout:g} s; try again, as a first start is slow, "
+            "or try its command in a terminal: it may wait for a password"
+        )
+        self._alarm = _timer(timeout, self._end, late)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._hear, self._write, self._read)]
         self._prepare_to_cancel(frame)
         for thread in (self._alarm, *self._threads):
@@ -208,13 +214,13 @@ class Connection:
         _kill_tree(self._process)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(PATIENCE)
-        self._job.fail(
-            why if isinstance(why, Exception) else RuntimeError(self._last_words(why or self._verdict(code)))
-        )
+        self._job.fail(why if isinstance(why, Exception) else RuntimeError(self._last_words(why, code)))
 
     def _verdict(self, code: int | None) -> str:
         """What the exit code tells, and what to do."""
         how = "closed its output" if code is None else f"ended with {_exit_name(code)}"
+        if not self._greeted and _OLD_PYTHON.search(self._tail):
+            return f"the worker {how} before it started: its Python is too old; choose one of 3.11 or newer"
         if not self._greeted and code == _SSH_FAILED:
             return f"the worker {how}, which ssh says when there is no connection; try its command in a terminal"
         if not self._greeted:
@@ -228,11 +234,11 @@ class Connection:
             return f"the worker {how}, which ssh says when the connection is lost or the worker was killed; try again"
         return f"the worker {how} in the middle of its work; try again, and report it if that does not help"
 
-    def _last_words(self, sentence: str) -> str:
+    def _last_words(self, why: str | None, code: int | None) -> str:
         self._threads[0].join(PATIENCE)
         lines = self._tail.decode("utf-8", "replace").replace("\r", "\n").splitlines()
         tail = [line.rstrip()[:_TAIL_WIDTH] for line in lines if line.strip()][-_TAIL_LINES:]
-        return "\n".join([sentence, *tail])
+        return "\n".join([why or self._verdict(code), *tail])
 
 
 def _start_process(command: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, getproxies_environment
 
 from . import __version__
 from .install import REQUIREMENTS, Package, in_slicer, installed, is_importable, is_older, missing, same_name
@@ -109,7 +110,7 @@ def examine() -> tuple[Finding, ...]:
         _disk({"packages": site, "models": model_folders()[0], "temporary files": Path(tempfile.gettempdir())}),
         _writable(site),
         *([_path_length(str(site), torch_is_there)] if sys.platform == "win32" else []),
-        _proxies(os.environ),
+        _proxies(),
         _certificates(os.environ),
         _models(),
         _model_folder(model_folders()[0]),
@@ -460,17 +461,22 @@ def _path_length(site: str, torch_is_there: bool) -> Finding:
     return Finding("length of paths", "note" if torch_is_there else "problem", found, cure)
 
 
-def _proxies(environment: Mapping[str, str]) -> Finding:
+def _proxies() -> Finding:
+    """What pip takes: the variables, else the settings of Windows or macOS."""
     found, bad = [], []
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        if value := environment.get(name, ""):
-            shown = re.sub(r"[^/@]*@", "***@", value)  # no passwords
-            found.append(f"{name}={shown}")
+    given = getproxies()
+    for name in ("http", "https", "all"):
+        if value := given.get(name, ""):
+            shown = re.sub(r"^(\w+://)?.*@", r"\1***@", value)  # no passwords
+            found.append(f"{name}_proxy={shown}")
             if urlsplit(value).scheme not in ("http", "https", "socks4", "socks5", "socks5h"):
-                bad.append(name)
+                bad.append(f"{name}_proxy")
     if bad:
         return Finding("proxy", "problem", ", ".join(found), f"write {', '.join(bad)} as http://HOST:PORT")
-    return Finding("proxy", "ok", ", ".join(found) or "none is set")
+    if not found:
+        return Finding("proxy", "ok", "none is set; a configuration script (PAC) would not be seen here, nor by pip")
+    where = "" if getproxies_environment() else ", by the settings of the system"
+    return Finding("proxy", "ok", f"{', '.join(found)}{where}")
 
 
 def _certificates(environment: Mapping[str, str]) -> Finding:

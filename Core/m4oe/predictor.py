@@ -33,6 +33,7 @@ QUALITIES = {"standard": 1.0, "fast": 2.0}  # times the slice spacing
 _GATE_SLICES = 16
 _BATCH = {"cpu": 4, "cuda": 32, "mps": 8}
 _SURE = 0.75  # probability of the gate below which the user is warned
+_NO_GPU_MEMORY = "the memory of the GPU ran out, so the CPU did it, slowly; close other programs or crop the volume"
 _CONFIDENT = 0.6  # mean probability of a structure below which the user is warned
 
 
@@ -96,7 +97,18 @@ class Predictor:
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+        self._asked, self._may_leave_gpu = (model, precision), device == "auto"
+        self._notes: tuple[str, ...] = ()
         self.device = find_device(device)
+        try:
+            self._load(model, precision)
+        except RuntimeError as error:
+            if not self._may_leave_gpu or not _is_no_memory(error):
+                raise
+            self.device, self._notes = torch.device("cpu"), (_NO_GPU_MEMORY,)
+            self._load(model, precision)
+
+    def _load(self, model: Path | str, precision: str) -> None:
         self.network, self.spec = load_model(find_model(model), self.device)
         for key in self.spec.structures:
             structure(key)  # cleanup and warnings need it: better refused now than after the work
@@ -105,7 +117,6 @@ class Predictor:
         self.precision = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.network.cast(self.precision)
 
-    @torch.inference_mode()
     def __call__(
         self,
         volume: Volume,
@@ -116,7 +127,7 @@ class Predictor:
         quality: str = "standard",
         uncertainty: np.ndarray | None = None,
     ) -> tuple[Volume, Report]:
-        """Segments a volume.
+        """Segments a volume: where the memory of a GPU runs out, in smaller parts, and then on the CPU if "auto" chose.
 
         Args:
             volume: CT in HU or MR, any type, orientation and size.
@@ -135,7 +146,32 @@ class Predictor:
             ValueError: The expert or a structure is unknown to the model, or its gate lets no expert be chosen; or
                 the quality is unknown.
             Cancelled: `cancelled` said so.
+            RuntimeError: The memory of the GPU ran out, and it was named.
         """
+        given = (volume, expert, structures, progress, cancelled, quality, uncertainty)
+        for batch in (_BATCH[self.device.type], 1):
+            self._batch = batch
+            try:
+                return self._segment(*given)
+            except RuntimeError as error:
+                if not _is_no_memory(error) or (batch == 1 and not self._may_leave_gpu):
+                    raise
+        model, precision = self._asked
+        on_cpu = Predictor(model, "cpu", precision)
+        on_cpu._notes = (_NO_GPU_MEMORY,)
+        return on_cpu(*given)
+
+    @torch.inference_mode()
+    def _segment(
+        self,
+        volume: Volume,
+        expert: str,
+        structures: Sequence[str] | None,
+        progress: Callable[[str, float], None] | None,
+        cancelled: Callable[[], bool] | None,
+        quality: str,
+        uncertainty: np.ndarray | None,
+    ) -> tuple[Volume, Report]:
         keep = self.spec.labels_of(structures) if structures is not None else list(self.spec.label_keys)
         forced = None if expert == "auto" else self.spec.expert_index(expert)
         if quality not in QUALITIES:
@@ -167,6 +203,7 @@ class Predictor:
         sure = {self.spec.label_keys.get(classes[number]): value for number, value in probabilities.by_class().items()}
         confidence = {key: sure[key] for key, found_ml in volumes.items() if found_ml and key in sure}
         warnings = (
+            *self._notes,
             *volume.warnings,
             *route.doubts,
             *_volume_warnings(volumes, cut, volume.grid),
@@ -249,7 +286,7 @@ class Predictor:
     def _gate_logits(self, canonical: CanonicalVolume) -> torch.Tensor:
         """The gate's mean logits [E] over slices from end to end."""
         chosen = np.linspace(0, canonical.shape[0] - 1, _GATE_SLICES).round().astype(int)
-        channels, batch = self.spec.network.channels, _BATCH[self.device.type]
+        channels, batch = self.spec.network.channels, self._batch
         stacks = [canonical.stacks(index, index + 1, channels) for index in np.unique(chosen).tolist()]
         logits = [self.network.gate_logits(torch.cat(stacks[i : i + batch])) for i in range(0, len(stacks), batch)]
         return torch.cat(logits).mean(0)
@@ -273,7 +310,7 @@ class Predictor:
         probabilities: _Probabilities,
     ) -> Iterator[float]:
         """Fills `labels` slab by slab; yields the fraction done before each slab and at the end."""
-        count, batch = canonical.shape[0], _BATCH[self.device.type]
+        count, batch = canonical.shape[0], self._batch
         painter = LabelPainter(canonical.source.grid.shape, canonical.shape, labels)
         for start in range(0, count, batch):
             yield start / count
@@ -341,6 +378,19 @@ def available_devices() -> list[str]:
     """Names of the devices of this machine, the best first: "cuda:0", "cuda:1", "mps", "cpu"."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def why_cpu() -> str:
+    """Why "auto" means the CPU on this machine; empty where it means a GPU."""
+    if available_devices()[0] != "cpu":
+        return ""
+    is_for_gpus = torch.backends.cuda.is_built() or torch.backends.mps.is_built()
+    return "torch finds no GPU" if is_for_gpus else "this torch is built for CPUs alone"
+
+
+def _is_no_memory(error: RuntimeError) -> bool:
+    """Whether it is the GPU's; Apple's comes without a type of its own."""
+    return "out of memory" in str(error)
 
 
 def find_device(name: str) -> torch.device:

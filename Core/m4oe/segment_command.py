@@ -141,7 +141,7 @@ def _segment(options: argparse.Namespace) -> int:
     ready = None
     if cases:
         predictor = load_predictor(options)
-        start_folder(options.output, predictor.spec, voice)
+        start_folder(options, predictor, voice)
         ready = _entries(options.output)
     for name, entry in failed if options.output.is_dir() else ():
         _record(options.output, name, entry, voice)
@@ -314,12 +314,16 @@ def load_predictor(options: argparse.Namespace) -> Predictor:
     return Predictor(options.model, options.device)
 
 
-def start_folder(folder: Path, spec: ModelSpec, voice: Voice) -> None:
-    """Prepares the folder, refuses a table of somebody else before the work, and says what the model is not for."""
-    prepare_folder(folder)
-    _entries(folder)
-    voice.log = folder / "log.txt"
+def start_folder(options: argparse.Namespace, predictor: Predictor, voice: Voice) -> None:
+    """Prepares the folder, refuses a table of somebody else before the work, and tells of the model and the device."""
+    from .predictor import why_cpu
+
+    prepare_folder(options.output)
+    _entries(options.output)
+    voice.log = options.output / "log.txt"
+    spec, why = predictor.spec, why_cpu() if options.device == "auto" else ""
     voice.say(f"{spec.name} {spec.version}: {spec.limits or 'Research use, not a medical device.'}")
+    voice.say(f"device: {predictor.device}{why and f', as {why}'}")
 
 
 # One case

@@ -15,6 +15,8 @@ from .spec import ModelSpec
 from .training_run import ERROR
 
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
+_NO_MEMORY = ("out of memory", "allocate memory", "enough memory")
+_NO_GPU = ("CUDA error", "cuDNN error", "NVIDIA driver")
 
 
 def count(number: int, noun: str) -> str:
@@ -33,11 +35,22 @@ def structures(text: str) -> list[str]:
 
 
 def one_line(error: object) -> str:
-    """What an error says, without line breaks."""
+    """What an error says, without line breaks, and what to do where the system or a library does not tell."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         file = error.filename2 or error.filename  # of two, the copy
         return f"the disk is full{f', cannot write {file}' if file else ''}; make room and try again"
-    return " ".join(str(error).split())  # whatever a library says
+    text = " ".join(str(error).split())  # whatever a library says
+    if not isinstance(error, Exception):
+        return text
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return f"the memory ran out ({text}); close other programs, crop the volume, or choose another device"
+    if any(words in text for words in _NO_GPU):
+        first = str(error).splitlines()[0]  # the others are for those who write CUDA code
+        return (
+            f"the GPU or its driver failed ({first}); try again, and if that does not help "
+            "restart the computer, choose the CPU as device, or see what the Doctor says"
+        )
+    return text
 
 
 def say(text: str) -> None:

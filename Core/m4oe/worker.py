@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from . import __version__
 from .jobs import GREETING, PROTOCOL, Cancelled, Device, Info, receive, send
 from .spec import find_model, installed_models, read_spec
+from .terminal import one_line
 
 if TYPE_CHECKING:
     from .predictor import Predictor
@@ -178,12 +179,10 @@ def _load(path: Path, device: str, precision: str) -> Predictor:
 
 def _failure(error: Exception) -> dict[str, str]:
     """The error for the other program: its kind and one sentence."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, ImportError):
         text = f"a Python package is missing or broken ({text}) in {sys.executable}; install it there: "
         text += "for Slicer's own Python press Install in M4oE Segmentation, Installation and doctor"
-    elif isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        text = f"the memory ran out ({text}); close other programs, crop the volume, or choose another device"
     elif not isinstance(error, _EXPECTED):
         text = f"M4oE has a fault, please report it: {type(error).__name__}: {text}"
     kinds = (Cancelled, ValueError)
@@ -194,13 +193,13 @@ def _devices() -> list[Device]:
     import psutil
     import torch
 
-    from .predictor import available_devices
+    from .predictor import available_devices, why_cpu
 
     devices = []
     for name in available_devices():
         free, description = psutil.virtual_memory().available, "Apple GPU"
         if name == "cpu":
-            description = f"CPU, {os.cpu_count()} cores"
+            description = f"CPU, {os.cpu_count()} cores{(why := why_cpu()) and f', as {why}'}"
         elif name.startswith("cuda"):
             free, description = 0, torch.cuda.get_device_name(name)
             with suppress(RuntimeError):  # so full that it cannot even be asked

@@ -15,7 +15,7 @@ from m4oe.__main__ import main
 from m4oe.doctor import Finding, examine, report
 from m4oe.install import REQUIREMENTS
 
-PROXY, CERTIFICATES = doctor._proxies, doctor._certificates
+CERTIFICATES = doctor._certificates
 TEN_GB = 10 * 2**30
 
 
@@ -200,13 +200,34 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert str(tmp_path) in doctor._disk({"models": tmp_path}).cure
 
 
-def test_a_proxy_is_told_without_its_password() -> None:
-    found = PROXY({"HTTPS_PROXY": "http://anna:secret@proxy:80"})
-    assert (found.state, found.found) == ("ok", "HTTPS_PROXY=http://***@proxy:80")
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
 
 
-def test_a_proxy_without_a_scheme_is_a_problem() -> None:
-    assert PROXY({"https_proxy": "proxy:80"}).state == "problem"
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize("password", ["secret", "se/cr@t"])
+def test_a_proxy_is_told_without_its_password(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://anna:{password}@proxy:80")
+    found = doctor._proxies()
+    assert (found.state, found.found) == ("ok", "https_proxy=http://***@proxy:80")
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_a_proxy_of_the_system_is_told_and_not_named_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "getproxies", dict)
+    assert doctor._proxies().found.startswith("none is set")
+    monkeypatch.setattr(doctor, "getproxies", lambda: {"http": "http://anna:secret@klinik.de:3128"})
+    found = doctor._proxies()
+    assert found.found == "http_proxy=http://***@klinik.de:3128, by the settings of the system"
+    assert "http_proxy=http://HOST:3128, by the settings of the system" in report([found])
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_a_proxy_without_a_scheme_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "proxy:80")
+    assert doctor._proxies().state == "problem"
 
 
 def test_certificates_that_are_not_there_are_a_problem(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import pty
@@ -59,8 +60,8 @@ def check_error(capsys: Captured, *parts: object) -> None:
 
 
 def the_error_in(text: str) -> str:
-    """The one error among limits, progress and warnings, and nothing else."""
-    usual = re.compile(r"tiny 1: Knows nothing\.|\d+/\d+ .* \.\.\.|skipped .*|m4oe: warning: .*")
+    """The one error among limits, device, progress and warnings, and nothing else."""
+    usual = re.compile(r"tiny 1: Knows nothing\.|device: cpu.*|\d+/\d+ .* \.\.\.|skipped .*|m4oe: warning: .*")
     errors = [line for line in text.splitlines() if not usual.fullmatch(line)]
     assert len(errors) == 1 and errors[0].startswith("m4oe: error: "), text
     return errors[0].removeprefix("m4oe: error: ")
@@ -791,6 +792,7 @@ def test_info_shows_limits_and_scores(model: Path, capsys: Captured) -> None:
     assert main(["info", str(model)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny 1") and "Knows nothing." in lines
+    assert f"sha256: {hashlib.sha256(model.read_bytes()).hexdigest()}" in lines
     stages = lines.index("training stages:")
     assert lines[stages + 1 : stages + 3] == [
         "  dense: 2400 steps, learning rate 0.0015",

@@ -611,6 +611,93 @@ def test_a_lesion_is_never_too_small() -> None:
 # ---- memory
 
 
+@pytest.fixture
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Makes the network run out of a GPU's memory so many times; gives the numbers of slices that it was given."""
+
+    def short(times: int) -> list[int]:
+        asked: list[int] = []
+        real = module._scores
+
+        def scores(network: Any, stacks: torch.Tensor) -> torch.Tensor:
+            asked.append(len(stacks))
+            if len(asked) <= times:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+            return real(network, stacks)
+
+        monkeypatch.setattr(module, "_scores", scores)
+        return asked
+
+    return short
+
+
+def test_where_the_memory_of_the_gpu_runs_out_parts_are_smaller(
+    predictor: Predictor, short_of_memory: Callable[[int], list[int]]
+) -> None:
+    expected, said = predictor(a_ct())
+    asked = short_of_memory(1)
+    labels, report = predictor(a_ct())
+    assert np.array_equal(labels.array, expected.array) and report.warnings == said.warnings
+    assert asked[0] > 1 and set(asked[1:]) == {1}
+    asked.clear()
+    predictor(a_ct())
+    assert asked[0] > 1  # as the next volume may be smaller
+
+
+def test_where_smaller_parts_do_not_help_the_cpu_does_it_and_that_is_told(
+    predictor: Predictor, tmp_path: Path, short_of_memory: Callable[[int], list[int]]
+) -> None:
+    expected, said = predictor(a_ct())
+    a_predictor(tmp_path)
+    chosen = Predictor(tmp_path / "tiny.safetensors", "auto", "float32")
+    short_of_memory(2)
+    labels, report = chosen(a_ct())
+    assert np.array_equal(labels.array, expected.array) and report.device == "cpu"
+    assert report.warnings == (module._NO_GPU_MEMORY, *said.warnings)
+    assert chosen(a_ct())[1].warnings == said.warnings
+
+
+def test_a_gpu_that_was_named_is_not_left(predictor: Predictor, short_of_memory: Callable[[int], list[int]]) -> None:
+    asked = short_of_memory(9)
+    with pytest.raises(torch.OutOfMemoryError):
+        predictor(a_ct())
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("device", "stays"), [("auto", False), ("cpu", True)])
+def test_a_model_that_the_gpu_cannot_hold_is_loaded_by_the_cpu_unless_that_gpu_was_named(
+    device: str, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_predictor(tmp_path)
+    load, loads = module.load_model, iter([torch.OutOfMemoryError("CUDA out of memory.")])
+
+    def load_or_fail(*given: Any) -> Any:
+        for error in loads:
+            raise error
+        return load(*given)
+
+    monkeypatch.setattr(module, "load_model", load_or_fail)
+    if stays:
+        with pytest.raises(torch.OutOfMemoryError):
+            Predictor(tmp_path / "tiny.safetensors", device)
+    else:
+        report = Predictor(tmp_path / "tiny.safetensors", device)(a_ct())[1]
+        assert report.device == "cpu" and report.warnings[0] == module._NO_GPU_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("gpus", "built", "why"),
+    [(0, True, "torch finds no GPU"), (0, False, "this torch is built for CPUs alone"), (1, True, "")],
+)
+def test_why_the_cpu_was_taken_is_known(gpus: int, built: bool, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    assert module.why_cpu() == why
+
+
 class LargestTensor(TorchFunctionMode):
     """Notes the size of the largest tensor that any operation gives."""
 

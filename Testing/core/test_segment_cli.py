@@ -1,4 +1,4 @@
-"""Slicer's command-line module: its description and its script agree, and the script segments."""
+"""Slicer's command-line module: its description and its script agree, and the script segments one volume or many."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from m4oe.files import read_volume, write_volume
 from m4oe.training.phantom import make_phantom
+from tiny import reports, saved
 
 FOLDER = Path(__file__).resolve().parents[2] / "M4oESegmentCLI"
 SCRIPT = FOLDER / "M4oESegmentCLI.py"
@@ -32,28 +33,29 @@ def actions() -> dict[str, Any]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return {action.dest: action for action in module.parser()._actions if action.dest != "help"}
+    return {
+        action.dest: action for action in module.parser()._actions if action.dest != "help" and action.option_strings
+    }
 
 
 def test_the_description_has_what_slicer_requires() -> None:
     root = ElementTree.parse(FOLDER / "M4oESegmentCLI.xml").getroot()
     assert all(root.findtext(tag) for tag in ("category", "title", "description", "version", "contributor", "license"))
     assert root.findtext("version") == m4oe.__version__
+    panel = (FOLDER.parent / "M4oESegmentation" / "M4oESegmentation.py").read_text(encoding="utf-8")
+    assert f'"{root.findtext("documentation-url")}"' in panel
     for entry in parameters():
         assert entry.findtext("label") and entry.findtext("description")
-        assert entry.tag not in ("image", "file") or entry.findtext("channel") in ("input", "output")
+        assert entry.tag not in ("image", "file", "directory") or entry.findtext("channel") in ("input", "output")
 
 
 def test_the_script_takes_the_parameters_of_the_description() -> None:
     known, described = actions(), {entry.findtext("name"): entry for entry in parameters()}
     assert known.keys() == described.keys()
     for name, entry in described.items():
-        flag, index = entry.findtext("longflag"), entry.findtext("index")
-        assert (flag is None) != (index is None)
-        assert known[name].option_strings == ([flag] if flag else [])
+        assert known[name].option_strings == [entry.findtext("longflag")]
         assert (known[name].default or "") == (entry.findtext("default") or "")
-    places = [entry.findtext("name") for entry in parameters() if entry.find("index") is not None]
-    assert places == [name for name, action in known.items() if not action.option_strings]
+        assert entry.find("index") is None  # Slicer would not run without it
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -67,7 +69,7 @@ def test_the_script_segments_a_phantom(tmp_path: Path) -> None:
     write_volume(tmp_path / "in.nrrd", phantom.image)
     out, table = tmp_path / "out.nrrd", tmp_path / "colors.csv"
     wanted = ["--structures", "liver,spleen", "--device", "cpu", "--color-table", table]
-    done = run(tmp_path / "in.nrrd", out, *wanted)
+    done = run("--input-volume", tmp_path / "in.nrrd", "--output-label-map", out, *wanted)
     assert done.returncode == 0, done.stderr
     labels = read_volume(out)
     assert labels.grid.is_close(phantom.image.grid) and np.count_nonzero(np.unique(labels.array)) == 2
@@ -76,6 +78,43 @@ def test_the_script_segments_a_phantom(tmp_path: Path) -> None:
     fractions = [float(text) for text in re.findall("<filter-progress>(.*)</filter-progress>", done.stdout)]
     assert fractions == sorted(fractions) and fractions[-1] == pytest.approx(1)
     assert "<filter-start>" in done.stdout and "<filter-end>" in done.stdout
+
+
+def test_the_script_segments_a_folder_where_one_bad_case_stops_nothing(model: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "in" / "a.nrrd")
+    bad = tmp_path / "in" / "b.nrrd"
+    bad.write_bytes(b"?")
+    out = tmp_path / "out"
+    wanted = ["--output-folder", out, "--model", model, "--device", "cpu", "--structures", "liver,spleen"]
+    done = run("--input-folder", tmp_path / "in", *wanted)
+    assert done.returncode == 1 and "b.nrrd" in done.stderr and "1 done, 0 skipped, 1 failed" in done.stdout
+    assert {"a.seg.nrrd", "a.png", "volumes.csv", "volumes.json", "log.txt"} <= {path.name for path in out.iterdir()}
+    assert "<filter-end>" not in done.stdout
+    assert list(reports(out)["a"]["volumes_ml"]) == ["liver", "spleen"]
+    bad.unlink()
+    again = run("--input-folder", tmp_path / "in", *wanted)
+    assert again.returncode == 0 and "0 done, 1 skipped" in again.stdout and "<filter-end>" in again.stdout
+
+
+def test_a_table_goes_before_the_folder_that_slicer_names_anyway(model: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "a.nrrd")
+    (tmp_path / "cases.csv").write_text("input,case\na.nrrd,first\n", encoding="utf-8")
+    places = ["--input-folder", tmp_path, "--input-table", tmp_path / "cases.csv", "--output-folder", tmp_path / "out"]
+    assert run(*places, "--model", model, "--device", "cpu").returncode == 0
+    assert list(reports(tmp_path / "out")) == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--output-folder", "out"], "there is nothing to segment: choose an input volume"),
+        (["--input-folder", "in"], "there is nothing to segment: choose an input volume"),
+        (["--input-volume", "in.nrrd", "--output-folder", "out"], "an output label map is missing"),
+    ],
+)
+def test_the_script_says_what_is_missing(given: list[str], said: str) -> None:
+    failed = run(*given)
+    assert failed.returncode == 1 and said in failed.stderr
 
 
 def test_the_script_says_what_is_wrong(tmp_path: Path) -> None:

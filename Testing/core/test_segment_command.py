@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tiny
+from m4oe.__main__ import main
 from m4oe.files import read_volume
 from m4oe.labels import structure
 from tiny import a_series, an_image, reports, saved
@@ -102,6 +103,22 @@ def test_a_name_that_a_table_gives_twice_is_refused(segment: Segment, tmp_path: 
     rows = [{"input": str(saved(tmp_path / name)), "case": "same"} for name in ("a.mha", "b.mha")]
     assert segment(a_table(tmp_path / "cases.csv", *rows)) == 2
     assert "would be written as same" in capsys.readouterr().err
+
+
+# ---- the device
+
+
+def test_the_device_is_told_and_where_nobody_named_it_why_it_is_the_cpu(
+    segment: Segment, model: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "why_cpu", lambda: "torch finds no GPU")
+    monkeypatch.setattr(predictor, "available_devices", lambda: ["cpu"])
+    source, out = saved(tmp_path / "a.mha"), tmp_path / "out"
+    assert segment(source) == 0
+    assert main(["segment", str(source), "-o", str(out), "--model", str(model), "--device", "auto"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("device")]
+    assert told == ["device: cpu", "device: cpu, as torch finds no GPU"]
+    assert told[1] in (out / "log.txt").read_text(encoding="utf-8")
 
 
 # ---- events

@@ -96,7 +96,7 @@ class StandIn:
         return {}["nothing"]
 
     def break_gpu(self, progress):
-        raise RuntimeError("CUDA error: unspecified launch failure")
+        raise RuntimeError("CUDA error: unspecified launch failure\\nCompile with TORCH_USE_CUDA_DSA")
 
     def oom_score(self, progress):
         return Path("/proc/self/oom_score_adj").read_text()
@@ -329,6 +329,17 @@ def test_labels_are_those_of_the_predictor_and_the_model_stays(model: Path, othe
     assert phases == [["send", "load", "prepare", "segment", "receive"], ["send", "prepare", "segment", "receive"]]
 
 
+def test_a_run_makes_no_temporary_file(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    os.utime(folder, (1, 1))
+    names = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
+    with Client(environment={**os.environ, **names}) as client:
+        client.segment(a_ct(), model=model, device="cpu", precision="float32")
+    assert not list(folder.iterdir())
+    assert folder.stat().st_mtime == 1  # nor one that was removed again
+
+
 def test_a_model_that_was_replaced_is_loaded_again(other_python: Client, tmp_path: Path) -> None:
     path, found = tmp_path / "run.safetensors", []
     for seed in (1, 2):
@@ -431,7 +442,7 @@ def test_of_a_flood_the_last_lines_are_kept_and_no_more(stand_in: Client) -> Non
     [
         ("kill", "the worker was killed, most likely by the system as the memory ran out; close other programs"),
         ("crash", "the worker ended with SIGSEGV in the middle of its work; try again"),
-        ("break_gpu", "CUDA error: unspecified launch failure"),
+        ("break_gpu", r"failed \(CUDA error: unspecified launch failure\); try again.*choose the CPU as device"),
     ],
 )
 def test_after_a_crash_the_next_request_gets_another_worker(stand_in: Client, device: str, sentence: str) -> None:
@@ -460,6 +471,7 @@ def test_after_an_error_the_worker_goes_on(stand_in: Client, device: str, senten
     [
         ("import sys; sys.exit('no such host')", "ended with exit code 1 before it started.*\nno such host$"),
         ("import sys; sys.exit(255)", "ended with exit code 255, which ssh says when there is no connection"),
+        ("import sys; sys.exit('unknown option -P')", "its Python is too old; choose one of 3.11 or newer"),
         ('print(\'{"m4oe": "9.9", "protocol": 99}\', flush=True);' + LISTEN, r"speaks protocol 99 \(M4oE 9.9\)"),
         ('print(\'{"m4oe": "9.9"}\', flush=True);' + LISTEN, "cannot be understood.*protocol"),
         ("[print('noise', flush=True) for _ in range(2000)];" + LISTEN, "cannot be understood.*no greeting"),
@@ -482,7 +494,7 @@ def test_an_answer_that_cannot_be_understood_ends_the_worker(answer: str) -> Non
 
 def test_a_worker_that_never_answers_is_given_up() -> None:
     silent = a_worker("import sys, time; print('hm', file=sys.stderr, flush=True); time.sleep(600)")
-    with Client(silent, timeout=1) as client, pytest.raises(RuntimeError, match="did not answer within 1 s"):
+    with Client(silent, timeout=1) as client, pytest.raises(RuntimeError, match="did not answer within 1 s; try again"):
         client.info()
 
 

@@ -295,6 +295,8 @@ def _drop_rates(spec: NetworkSpec) -> list[list[float]]:
 
 
 def _initialise(module: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # a file gives the weights; drawing them there imports torch's compiler, which makes a folder in /tmp
     if isinstance(module, nn.Conv2d) and module.bias is not None:
         # With a bias as large as the weighted input, the norm that follows keeps the patch's brightness.
         nn.init.normal_(module.bias, std=0.5)
