@@ -554,20 +554,74 @@ def test_a_table_that_cannot_be_written_is_told(
 # ---- the scene
 
 
-def test_choices_and_result_come_back_with_the_scene(panel: Any, tmp_path: Path) -> None:
+def test_choices_and_result_come_back_with_the_scene(
+    panel: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "models" / "other.safetensors").symlink_to(tiny_model)
+    panel.enter()
+    choose(panel.ui.modelSelector, str(tmp_path / "models" / "tiny.safetensors"))
+    choose(panel.ui.expertSelector, "mr")
     panel.models.structures.check(["liver", "spleen"])
     panel.ui.qualitySelector.currentIndex = 1
+    panel.ui.uncertaintyCheckBox.checked = panel.ui.allFramesCheckBox.checked = True
     apply(panel, add_volume())
     rows = panel.ui.resultsTable.rowCount
     scene = tmp_path / "scene.mrb"
     assert slicer.mrmlScene.WriteToMRB(str(scene))
     slicer.mrmlScene.Clear(False)
     assert panel.ui.resultsTable.rowCount == 0
+    (tmp_path / "models").rename(tmp_path / "moved")  # models of another machine lie in another folder
+    monkeypatch.setenv("M4OE_MODELS", str(tmp_path / "moved"))
     load_bundle(scene, tmp_path)
     assert panel.parameters.inputVolume.GetName() == "CT"
+    assert panel.models.model == str(tmp_path / "moved" / "tiny.safetensors")
+    assert panel.models.expert == "mr"
     assert panel.parameters.excludedStructures == ["kidney_left"]
     assert panel.parameters.quality.value == "fast"
+    assert panel.parameters.uncertainty and panel.parameters.allFrames
     assert panel.ui.resultsTable.rowCount == rows > 0
+    assert panel.ui.applyButton.enabled
+
+
+def choose(selector: Any, data: str) -> None:
+    """Chooses an entry as a user does."""
+    selector.currentIndex = selector.findData(data)
+    selector.activated.emit(selector.currentIndex)
+
+
+def test_a_scene_whose_model_is_not_installed_says_so_and_runs_no_other(
+    panel: Any, tiny_model: Path, dialogs: Dialogs, tmp_path: Path
+) -> None:
+    apply(panel, add_volume())
+    panel.parameters.model, panel.parameters.expert = "special", "mr"
+    panel.enter()
+    reason = "The model special is not installed here. Import its file, or choose another model."
+    assert panel.ui.modelSelector.currentText == "special (missing)"
+    assert panel.ui.statusLabel.text == panel.ui.modelInfoLabel.text == reason
+    assert not panel.ui.applyButton.enabled and not panel.ui.batchStartButton.enabled
+    (tmp_path / "models" / "special.safetensors").symlink_to(tiny_model)
+    panel.enter()
+    assert panel.models.model == str(tmp_path / "models" / "special.safetensors")
+    assert panel.models.expert == "mr"
+    assert panel.ui.statusLabel.text == "" and panel.ui.applyButton.enabled
+
+
+def test_an_expert_that_the_model_lacks_is_not_replaced_by_the_gate(panel: Any) -> None:
+    panel.parameters.inputVolume = add_volume()
+    panel.parameters.expert = "pet"
+    panel.enter()
+    assert panel.ui.expertSelector.currentText == "pet (missing)"
+    assert panel.ui.statusLabel.text == "The model tiny has no expert pet. Choose another expert or model."
+    assert not panel.ui.applyButton.enabled
+    choose(panel.ui.expertSelector, "ct")
+    assert panel.ui.statusLabel.text == "" and panel.ui.applyButton.enabled
+
+
+@pytest.mark.parametrize("path", ["/home/me/.m4oe/models/tiny.safetensors", r"C:\Users\me\tiny.safetensors"])
+def test_a_scene_that_holds_the_path_of_a_model_finds_the_one_of_its_name(path: str, panel: Any) -> None:
+    panel.parameters.model = path
+    panel.enter()
+    assert panel.ui.modelSelector.currentText == "tiny 1"
 
 
 def load_bundle(path: Path, folder: Path) -> None:
