@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -748,8 +750,9 @@ def test_a_scene_closed_while_the_devices_are_asked_for_takes_the_result_along(
     assert [node.GetID() for node in segmentations()] == ids_before and dialogs.errors == []
 
 
+@pytest.mark.parametrize("end", ["cancel", "close the scene"])
 def test_cancel_ends_the_wait_for_devices_that_a_worker_does_not_tell(
-    panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch
+    end: str, panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch, dialogs: Dialogs
 ) -> None:
     from m4oe.jobs import Cancelled, Job
 
@@ -760,9 +763,15 @@ def test_cancel_ends_the_wait_for_devices_that_a_worker_does_not_tell(
     panel.ui.applyButton.click()
     settle(lambda: panel.worker.job is job)
     assert panel.ui.cancelButton.enabled
-    panel.ui.cancelButton.click()
+    if end == "cancel":
+        panel.ui.cancelButton.click()
+    else:
+        slicer.mrmlScene.Clear(False)
     finish(panel)
-    assert panel.parameters.result is not None
+    assert dialogs.said == []
+    assert (panel.parameters.result is None) == (end != "cancel")
+    add_volume()
+    panel.enter()
     assert panel.ui.applyButton.enabled
 
 
@@ -1075,26 +1084,79 @@ def test_install_begins_with_the_extension_pytorch(panel: Any) -> None:
     assert "Restart Slicer" in panel.ui.doctorText.plainText
 
 
-def test_install_lets_pip_replace_nothing(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from m4oe import install
+Pip = Callable[[list[str], Path], None]
 
+
+@pytest.fixture
+def stand_in_pip(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pip], str]:
+    """Slicer with PyTorch, one package missing, and this in the place of its pip; says what is missing."""
+    from m4oe import doctor, install
+
+    def stand_in(pip_install: Pip) -> str:
+        pytorch, packaging = ModuleType("PyTorchUtils"), ModuleType("slicer.packaging")
+        pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
+        pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: True)
+        packaging.pip_install = lambda packages, constraints, requester: pip_install(packages, constraints)
+        monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
+        monkeypatch.setitem(sys.modules, "slicer.packaging", packaging)
+        monkeypatch.setattr(slicer, "packaging", packaging, raising=False)
+        wanted = next(entry for entry in install.REQUIREMENTS if entry.name == "tqdm")
+        for module in (doctor, install):
+            monkeypatch.setattr(module, "missing", lambda: (wanted,))
+        return str(wanted)
+
+    return stand_in
+
+
+def test_install_lets_pip_replace_nothing(panel: Any, stand_in_pip: Callable[[Pip], str]) -> None:
     calls: list[Any] = []
-    pytorch, packaging = ModuleType("PyTorchUtils"), ModuleType("slicer.packaging")
-    pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
-    pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: True)
-    packaging.pip_install = lambda packages, constraints, requester: calls.append(
-        (packages, constraints.read_text(encoding="utf-8"))
-    )
-    monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
-    monkeypatch.setitem(sys.modules, "slicer.packaging", packaging)
-    monkeypatch.setattr(slicer, "packaging", packaging, raising=False)
-    wanted = next(entry for entry in install.REQUIREMENTS if entry.name == "tqdm")
-    monkeypatch.setattr(install, "missing", lambda: (wanted,))
+    wanted = stand_in_pip(lambda packages, constraints: calls.append((packages, constraints.read_text("utf-8"))))
     panel.ui.installButton.click()
     ((packages, constraints),) = calls
-    assert packages == [str(wanted)]
+    assert packages == [wanted]
     assert f"numpy=={np.__version__}" in constraints
     assert "Installed" in panel.ui.doctorText.plainText
+
+
+def test_a_failing_pip_is_told_with_its_last_words_and_the_cure(
+    panel: Any, dialogs: Dialogs, stand_in_pip: Callable[[Pip], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(packages: list[str], constraints: Path) -> None:
+        print("Looking in indexes", "line\n" * 20, "ERROR: No matching distribution found", sep="\n")  # noqa: T201
+        raise subprocess.CalledProcessError(1, ["PythonSlicer", "-m", "pip", "install", *packages])
+
+    wanted = stand_in_pip(fail)
+    panel.ui.installButton.click()
+    (error,) = dialogs.errors
+    assert f"Pip could not install {wanted}. Press Examine" in error
+    assert "import a bundle" in error
+    assert error.endswith("ERROR: No matching distribution found")
+    assert "Looking in indexes" not in error and "PythonSlicer" not in error
+    assert "Looking in indexes" in capsys.readouterr().out
+    assert panel.ui.installButton.enabled
+
+
+def test_a_full_disk_is_told_before_anything_is_asked(
+    panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2**29))
+    panel.ui.installButton.click()
+    ((kind, text),) = dialogs.said
+    assert kind == "error"
+    assert "0.5 GB free for packages" in text and "free 1 GB for packages" in text
+
+
+def test_a_folder_of_packages_that_cannot_be_written_is_told_before_anything_is_asked(
+    panel: Any, dialogs: Dialogs, stand_in_pip: Callable[[Pip], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    stand_in_pip(lambda *given: calls.append(given))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/proc/nowhere")
+    panel.ui.installButton.click()
+    ((kind, text),) = dialogs.said
+    assert kind == "error"
+    assert "/proc/nowhere cannot be written, so nothing can be installed" in text
+    assert calls == []
 
 
 @pytest.mark.parametrize("before", [None, "mine.txt"])
