@@ -86,7 +86,7 @@ class M4oESegmentationWidget(Panel):
         self.worker = WorkerSection(ui, self.logic.client, self.onChanged)
         self.runs = RunSection(ui, lambda: self.parameters, self._start, self.onChanged, self.worker)
         self.batches = BatchSection(ui, self._choices, self.onChanged)
-        self.setupSection = SetupSection(ui, self.onChanged)
+        self.setupSection = SetupSection(ui, lambda: (self.onChanged(), self.enter()))  # a bundle brings models
 
     def stop(self) -> None:
         self.batches.stop()
@@ -148,12 +148,14 @@ class M4oESegmentationWidget(Panel):
         ui, running, hasFrames = self.ui, self.runs.run is not None, framesOf(self.parameters.inputVolume) is not None
         reasons = (
             (running, _("A volume is being segmented.")),
-            (not self.models.specs, _("No model is installed. Import a model file.")),
+            (self.models.problem, self.models.problem),
             (self.parameters.inputVolume is None, _("Choose a CT or MR volume.")),
             (not self.models.structures.checked(), _("Check at least one structure.")),
             (self.worker.job is not None, _("The worker is asked for its devices.")),
         )
         reason = next((text for applies, text in reasons if applies), "")
+        if not running and (reason or ui.statusLabel.text == ui.applyButton.toolTip):  # a reason that applies no more
+            ui.statusLabel.text = reason
         ui.applyButton.enabled = not reason
         ui.applyButton.toolTip = reason or _("Segment the volume")
         ui.cancelButton.enabled = running
@@ -162,8 +164,6 @@ class M4oESegmentationWidget(Panel):
         self.worker.showState(running)
         self.batches.showState(next((text for applies, text in (reasons[1], reasons[3]) if applies), ""))
         self.setupSection.showState()
-        if not running and (reason or ui.statusLabel.text in [text for _applies, text in reasons]):
-            ui.statusLabel.text = reason
         self.results.show()
 
 

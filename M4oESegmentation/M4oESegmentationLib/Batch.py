@@ -19,7 +19,11 @@ from .Errors import errorsShown, showError
 from .Process import Process
 from .Run import Choices
 
-FORMATS = {"seg.nrrd": _("Segmentation (.seg.nrrd)"), "nii.gz": "NIfTI (.nii.gz)", "dcm": "DICOM SEG (.dcm)"}
+FORMATS = {
+    "seg.nrrd": _("Segmentation (.seg.nrrd)"),
+    "nii.gz": _("NIfTI (.nii.gz)"),
+    "dcm": _("DICOM SEG (.dcm)"),
+}
 
 
 class Batch:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import qt
@@ -37,8 +37,6 @@ def installedModels() -> dict[str, Any]:
 
 def describe(spec: Any) -> str:
     """What a user should know before trusting the model, as rich text."""
-    if spec is None:
-        return _("No model is installed.")
     parts = [
         escape(spec.description),
         _("<b>Limits:</b> {text}").format(text=escape(spec.limits or _("research only, not a medical device"))),
@@ -137,7 +135,7 @@ class ModelSection:
 
     @property
     def model(self) -> str:
-        """Path of the chosen model, or ""."""
+        """Path of the chosen model, its name where it is missing, or ""."""
         return self._ui.modelSelector.currentData or ""
 
     @property
@@ -145,33 +143,50 @@ class ModelSection:
         """Name of the chosen expert, or "auto"."""
         return self._ui.expertSelector.currentData or "auto"
 
+    @property
+    def problem(self) -> str:
+        """Why nothing can be segmented with what is chosen, and what to do, or ""."""
+        spec = self.specs.get(self.model)
+        if not self.model:
+            return _("No model is installed. Import a model file.")
+        if spec is None:
+            return _("The model {name} is not installed here. Import its file, or choose another model.").format(
+                name=self.model
+            )
+        if self.expert not in ("auto", *spec.expert_names):
+            return _("The model {model} has no expert {expert}. Choose another expert or model.").format(
+                model=spec.name, expert=self.expert
+            )
+        return ""
+
     def show(self) -> None:
         """Lists the installed models, and chooses the one of the parameters or the first."""
-        self.specs, selector = installedModels(), self._ui.modelSelector
-        selector.clear()
-        for path, spec in self.specs.items():
-            selector.addItem(f"{spec.name} {spec.version}", path)
-        selector.currentIndex = max(0, selector.findData(self._parameters().model))
+        self.specs, wanted = installedModels(), _nameOf(self._parameters().model)
+        entries = {path: f"{spec.name} {spec.version}" for path, spec in self.specs.items()}
+        paths = {_nameOf(path): path for path in self.specs}
+        _fill(self._ui.modelSelector, entries, paths.get(wanted, wanted) or next(iter(entries), ""))
         self._showModel()
 
     def _showModel(self) -> None:
-        spec, parameters, selector = self.specs.get(self.model), self._parameters(), self._ui.expertSelector
-        self._ui.modelInfoLabel.text = describe(spec)
-        selector.clear()
-        selector.addItem(_("Automatic"), "auto")
-        for expert in spec.experts if spec else ():
-            selector.addItem(expert.name, expert.name)
-        selector.currentIndex = max(0, selector.findData(parameters.expert))
+        spec, parameters = self.specs.get(self.model), self._parameters()
+        names = spec.expert_names if spec else ()
+        _fill(
+            self._ui.expertSelector,
+            {"auto": _("Automatic"), **dict(zip(names, names, strict=True))},
+            parameters.expert,
+        )
+        self._ui.modelInfoLabel.text = describe(spec) if spec else escape(self.problem)
         self.structures.show(spec.structures if spec else (), parameters.excludedStructures)
         self._changed()
 
     def _keepModel(self, index: int) -> None:
-        self._parameters().model = self.model
+        self._parameters().model = _nameOf(self.model)
         self._parameters().expert = "auto"
         self._showModel()
 
     def _keepExpert(self, index: int) -> None:
         self._parameters().expert = self.expert
+        self._changed()
 
     def _keepStructures(self) -> None:
         self._parameters().excludedStructures = self.structures.excluded()
@@ -181,9 +196,24 @@ class ModelSection:
         path = qt.QFileDialog.getOpenFileName(None, _("Import a model"), "", _("Models (*.safetensors)"))
         if path:
             with errorsShown(_("The model was not imported.")):
-                self._parameters().model = importModel(path)
+                self._parameters().model = _nameOf(importModel(path))
                 self.show()
 
     def _showFolder(self) -> None:
         with errorsShown(_("The folder of models cannot be shown.")):
             qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(modelFolder()))
+
+
+def _nameOf(model: str) -> str:
+    """Name of a model or of its file, whose path may be another machine's: earlier scenes hold paths."""
+    return PureWindowsPath(model).name.removesuffix(".safetensors")
+
+
+def _fill(selector: Any, entries: dict[str, str], chosen: str) -> None:
+    """Fills a box with data and their texts, and chooses one, which is shown as missing where it is not there."""
+    selector.clear()
+    for data, text in entries.items():
+        selector.addItem(text, data)
+    if chosen and chosen not in entries:
+        selector.addItem(_("{name} (missing)").format(name=chosen), chosen)
+    selector.currentIndex = selector.findData(chosen)

@@ -23,8 +23,8 @@ class Quality(enum.Enum):
 class Parameters:
     """The choices of a run.
 
-    model and expert are names ("" is the first model, "auto" the gate's choice); excludedStructures are keys that are
-    not wanted; result is the segmentation that the results are shown of.
+    model and expert are names ("" is the first model, "auto" the gate's choice), as a scene is opened on other machines
+    too; excludedStructures are keys that are not wanted; result is the segmentation that the results are shown of.
     """
 
     inputVolume: vtkMRMLScalarVolumeNode

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import IO
@@ -83,8 +83,7 @@ class Process:
 
     def lastWords(self) -> str:
         """Why it failed: the end of what it wrote to its standard error."""
-        words = [line for line in self.tail if line.strip()][-_LAST:]
-        return "\n".join(words) or _("It ended with code {code}.").format(code=self.code)
+        return "\n".join(lastLines(self.tail)) or _("It ended with code {code}.").format(code=self.code)
 
     def stop(self) -> None:
         """Asks it to end; what it wrote stays whole."""
@@ -98,3 +97,8 @@ class Process:
                 )
             elif self._process.poll() is None:  # its number may be another's by now
                 os.killpg(self._process.pid, signal.SIGTERM)
+
+
+def lastLines(lines: Iterable[str]) -> list[str]:
+    """The last of them that say something."""
+    return [line for line in lines if line.strip()][-_LAST:]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
+import subprocess
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from slicer.i18n import tr as _
 
 from . import Worker
 from .Errors import errorsShown
-from .Process import Process
+from .Process import Process, lastLines
 
 _PYTORCH = "PyTorch"  # Slicer's extension that brings torch
 
@@ -54,8 +58,10 @@ def install() -> str:
     wanted = [str(requirement) for requirement in missing() if not requirement.core]
     if not wanted:
         return _("All packages are there.")
-    with _constraints() as path:
-        _pipInstall(wanted, path)
+    from slicer import packaging
+
+    with _pip(", ".join(wanted)) as path:
+        packaging.pip_install(wanted, constraints=path, requester="M4oE")
     return _("Installed: {packages}").format(packages=", ".join(wanted))
 
 
@@ -75,6 +81,40 @@ def _constraints() -> Iterator[Path]:
             del os.environ["PIP_CONSTRAINT"]
             if before is not None:
                 os.environ["PIP_CONSTRAINT"] = before
+
+
+@contextmanager
+def _pip(packages: str) -> Iterator[Path]:
+    """Gives the constraints under which pip is run meanwhile; where it fails, its last words come with what to do.
+
+    Raises:
+        RuntimeError: pip failed.
+    """
+    said = io.StringIO()  # Slicer prints pip's lines, and puts none into its error
+    try:
+        with _constraints() as path, redirect_stdout(said):
+            yield path
+    except subprocess.CalledProcessError as error:
+        todo = _("Press Examine, which says what is wrong here. Without a network, import a bundle instead.")
+        failed = _("Pip could not install {packages}.").format(packages=packages)
+        raise RuntimeError("\n".join([f"{failed} {todo}", *lastLines(said.getvalue().splitlines())])) from error
+    finally:
+        sys.stdout.write(said.getvalue())  # in the Python console, as ever
+
+
+def checkPlace() -> None:
+    """Looks whether packages can be installed into Slicer's Python.
+
+    Raises:
+        RuntimeError: There is too little room, or their folder cannot be written.
+    """
+    from m4oe.doctor import _disk, _writable
+
+    site = Path(sysconfig.get_path("purelib"))
+    findings = (_disk({"packages": site, "temporary files": Path(tempfile.gettempdir())}), _writable(site))
+    problems = [f"{finding.found}: {finding.cure}." for finding in findings if finding.state == "problem"]
+    if problems:
+        raise RuntimeError("\n".join(problems))
 
 
 def _hasPyTorch() -> bool:
@@ -100,19 +140,10 @@ def _installTorch() -> None:
         return
     wanted = {"askConfirmation": False, "torchVersionRequirement": ">=2.7"}
     known = inspect.signature(logic.installTorch).parameters  # they have changed between versions
-    with _constraints():
+    with _pip("PyTorch"):
         done = logic.installTorch(**{name: value for name, value in wanted.items() if name in known})
     if done is None:
         raise RuntimeError(_("PyTorch was not installed. Press Install again, or import a bundle instead."))
-
-
-def _pipInstall(packages: list[str], constraints: Path) -> None:
-    try:
-        from slicer import packaging
-    except ImportError:  # before Slicer 5.12
-        slicer.util.pip_install([*packages, "--constraint", str(constraints)])
-        return
-    packaging.pip_install(packages, constraints=constraints, requester="M4oE")
 
 
 class SetupSection:
@@ -157,8 +188,9 @@ class SetupSection:
 
     def _install(self) -> None:
         question = _("PyTorch and a few small packages are downloaded (up to 4 GB) and installed into Slicer's Python.")
-        if slicer.util.confirmOkCancelDisplay(question + "\n\n" + _("What Slicer brings is not replaced. Go on?")):
-            with errorsShown(_("The installation failed.")):
+        with errorsShown(_("The installation failed.")):
+            checkPlace()
+            if slicer.util.confirmOkCancelDisplay(question + "\n\n" + _("What Slicer brings is not replaced. Go on?")):
                 self._ui.doctorText.setPlainText(install())
 
     def _copy(self) -> None:

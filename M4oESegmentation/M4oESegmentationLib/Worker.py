@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,10 +173,12 @@ class WorkerSection:
 
     def poll(self) -> bool:
         """Shows the devices when the worker has answered; whether it is still asked."""
+        from m4oe.jobs import Cancelled
+
         if self.job is None or not self.job.done():
             return self.job is not None
         job, self.job = self.job, None
-        with errorsShown(_("The worker cannot be asked for its devices.")):
+        with errorsShown(_("The worker cannot be asked for its devices.")), suppress(Cancelled):
             info = job.result()
             self._showDevices(info.devices)
             self._ui.statusLabel.text = info.problem

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,47 @@ def test_qt_and_ctk_constructors_get_no_keywords() -> None:
                 if holder in ("qt", "ctk"):
                     wrong.append((path.name, node.func.attr))
     assert wrong == []
+
+
+def test_files_of_the_modules_begin_with_python_slicer_and_each_other_alone() -> None:
+    """Slicer loads them at its start: numpy and all that takes time wait for their first use."""
+    light = {*sys.stdlib_module_names, "qt", "vtk", "slicer", "M4oESegmentationLib", "M4oETrainingLib"}
+    light_parts = {"m4oe.labels", "m4oe.training_run"}  # standard library alone
+    heavy = []
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            heavy += [
+                (path.name, name) for name in names if name.split(".")[0] not in light and name not in light_parts
+            ]
+    assert heavy == []
+
+
+def test_texts_for_people_can_be_translated() -> None:
+    assert [place for path in SOURCES for place in untranslated(path)] == []
+
+
+def untranslated(path: Path) -> list[tuple[str, str]]:
+    """Words in the code that are shown without `_`."""
+    shown = {"addItem", "setText", "setToolTip", "setPlainText", "setHorizontalHeaderLabels", "QTableWidgetItem"}
+    shown |= {"errorsShown", "showError", "errorDisplay", "confirmOkCancelDisplay", "_tell"}
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in shown:
+            found += [word for argument in node.args[: 1 + (len(node.args) > 2)] for word in words(argument)]
+        if isinstance(node, ast.Assign) and any(getattr(t, "attr", "") in ("text", "toolTip") for t in node.targets):
+            found += words(node.value)
+    return [(path.name, text) for text in found]
+
+
+def words(node: ast.AST) -> list[str]:
+    """Texts with letters in an expression, but for those that go through a call or a key."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) and re.search("[A-Za-z]", node.value) else []
+    if isinstance(node, (ast.Call, ast.Subscript, ast.Compare)):
+        return []
+    return [text for child in ast.iter_child_nodes(node) for text in words(child)]
 
 
 def test_functions_of_slicer_util_are_not_taken_from_slicer() -> None:

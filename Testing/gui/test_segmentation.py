@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -491,6 +494,69 @@ def test_a_dead_worker_is_told_and_replaced(panel: Any, dialogs: Dialogs) -> Non
     assert apply(panel, add_volume()) is not None
 
 
+def whole_scene() -> list[Any]:
+    """All nodes, all items of the subject hierarchy with their parents, and what the segmentations hold."""
+    scene = slicer.mrmlScene
+    nodes = [scene.GetNthNode(number) for number in range(scene.GetNumberOfNodes())]
+    tree = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
+    items: list[int] = []
+    tree.GetItemChildren(tree.GetSceneItemID(), items, True)
+    return [
+        [(node.GetID(), node.GetName()) for node in nodes],
+        [(item, tree.GetItemName(item), tree.GetItemParent(item)) for item in items],
+        [(node.GetSegmentation().GetMTime(), node.GetAttribute("M4oE.report")) for node in segmentations()],
+    ]
+
+
+_GREETED = """
+import json, time
+from m4oe.jobs import GREETING, PROTOCOL
+print(json.dumps({GREETING: "1", "protocol": PROTOCOL, "bytes": 0}), flush=True)
+"""
+_FLOOD = """
+import sys
+sys.stdin.readline()
+sys.stderr.write("noise\\n" * 200_000 + "the last word\\n")
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("worker", "cancelled", "said"),
+    [
+        ("import time; time.sleep(600)", False, "The worker did not answer within 1 s"),
+        (_GREETED + _FLOOD, False, "the last word"),
+        (_GREETED + "time.sleep(600)", True, ""),
+    ],
+    ids=["never answers", "floods stderr and dies", "ignores cancel"],
+)
+@pytest.mark.parametrize("given", [False, True], ids=["a new segmentation", "a given one"])
+def test_a_worker_that_fails_leaves_the_whole_scene_as_it_was(
+    given: bool, worker: str, cancelled: bool, said: str, panel: Any, dialogs: Dialogs
+) -> None:
+    from m4oe.client import Client
+
+    panel.ui.inputSelector.setCurrentNode(add_volume())
+    if given:
+        mine = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "mine")
+        mine.GetSegmentation().AddEmptySegment("lesion", "my lesion")
+        panel.ui.outputSelector.setCurrentNode(mine)
+    panel.ui.uncertaintyCheckBox.checked = True
+    before = whole_scene()
+    with Client([sys.executable, "-c", worker], timeout=60 if _GREETED in worker else 1) as client:
+        panel.logic._client = client
+        panel.ui.applyButton.click()
+        if cancelled:
+            panel.ui.cancelButton.click()
+        finish(panel)
+    assert whole_scene() == before
+    assert panel.ui.statusLabel.text == (
+        "Cancelled; nothing was changed." if cancelled else "Failed; nothing was changed."
+    )
+    assert len(dialogs.said) == (not cancelled) and all(said in text for text in dialogs.errors)
+    assert panel.ui.applyButton.enabled
+
+
 def test_missing_torch_is_told_with_the_cure(panel: Any, dialogs: Dialogs, tmp_path: Path) -> None:
     from m4oe.client import Client, worker_command
 
@@ -554,20 +620,74 @@ def test_a_table_that_cannot_be_written_is_told(
 # ---- the scene
 
 
-def test_choices_and_result_come_back_with_the_scene(panel: Any, tmp_path: Path) -> None:
+def test_choices_and_result_come_back_with_the_scene(
+    panel: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "models" / "other.safetensors").symlink_to(tiny_model)
+    panel.enter()
+    choose(panel.ui.modelSelector, str(tmp_path / "models" / "tiny.safetensors"))
+    choose(panel.ui.expertSelector, "mr")
     panel.models.structures.check(["liver", "spleen"])
     panel.ui.qualitySelector.currentIndex = 1
+    panel.ui.uncertaintyCheckBox.checked = panel.ui.allFramesCheckBox.checked = True
     apply(panel, add_volume())
     rows = panel.ui.resultsTable.rowCount
     scene = tmp_path / "scene.mrb"
     assert slicer.mrmlScene.WriteToMRB(str(scene))
     slicer.mrmlScene.Clear(False)
     assert panel.ui.resultsTable.rowCount == 0
+    (tmp_path / "models").rename(tmp_path / "moved")  # models of another machine lie in another folder
+    monkeypatch.setenv("M4OE_MODELS", str(tmp_path / "moved"))
     load_bundle(scene, tmp_path)
     assert panel.parameters.inputVolume.GetName() == "CT"
+    assert panel.models.model == str(tmp_path / "moved" / "tiny.safetensors")
+    assert panel.models.expert == "mr"
     assert panel.parameters.excludedStructures == ["kidney_left"]
     assert panel.parameters.quality.value == "fast"
+    assert panel.parameters.uncertainty and panel.parameters.allFrames
     assert panel.ui.resultsTable.rowCount == rows > 0
+    assert panel.ui.applyButton.enabled
+
+
+def choose(selector: Any, data: str) -> None:
+    """Chooses an entry as a user does."""
+    selector.currentIndex = selector.findData(data)
+    selector.activated.emit(selector.currentIndex)
+
+
+def test_a_scene_whose_model_is_not_installed_says_so_and_runs_no_other(
+    panel: Any, tiny_model: Path, dialogs: Dialogs, tmp_path: Path
+) -> None:
+    apply(panel, add_volume())
+    panel.parameters.model, panel.parameters.expert = "special", "mr"
+    panel.enter()
+    reason = "The model special is not installed here. Import its file, or choose another model."
+    assert panel.ui.modelSelector.currentText == "special (missing)"
+    assert panel.ui.statusLabel.text == panel.ui.modelInfoLabel.text == reason
+    assert not panel.ui.applyButton.enabled and not panel.ui.batchStartButton.enabled
+    (tmp_path / "models" / "special.safetensors").symlink_to(tiny_model)
+    panel.enter()
+    assert panel.models.model == str(tmp_path / "models" / "special.safetensors")
+    assert panel.models.expert == "mr"
+    assert panel.ui.statusLabel.text == "" and panel.ui.applyButton.enabled
+
+
+def test_an_expert_that_the_model_lacks_is_not_replaced_by_the_gate(panel: Any) -> None:
+    panel.parameters.inputVolume = add_volume()
+    panel.parameters.expert = "pet"
+    panel.enter()
+    assert panel.ui.expertSelector.currentText == "pet (missing)"
+    assert panel.ui.statusLabel.text == "The model tiny has no expert pet. Choose another expert or model."
+    assert not panel.ui.applyButton.enabled
+    choose(panel.ui.expertSelector, "ct")
+    assert panel.ui.statusLabel.text == "" and panel.ui.applyButton.enabled
+
+
+@pytest.mark.parametrize("path", ["/home/me/.m4oe/models/tiny.safetensors", r"C:\Users\me\tiny.safetensors"])
+def test_a_scene_that_holds_the_path_of_a_model_finds_the_one_of_its_name(path: str, panel: Any) -> None:
+    panel.parameters.model = path
+    panel.enter()
+    assert panel.ui.modelSelector.currentText == "tiny 1"
 
 
 def load_bundle(path: Path, folder: Path) -> None:
@@ -694,8 +814,9 @@ def test_a_scene_closed_while_the_devices_are_asked_for_takes_the_result_along(
     assert [node.GetID() for node in segmentations()] == ids_before and dialogs.errors == []
 
 
+@pytest.mark.parametrize("end", ["cancel", "close the scene"])
 def test_cancel_ends_the_wait_for_devices_that_a_worker_does_not_tell(
-    panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch
+    end: str, panel: Any, warm_client: Any, monkeypatch: pytest.MonkeyPatch, dialogs: Dialogs
 ) -> None:
     from m4oe.jobs import Cancelled, Job
 
@@ -706,9 +827,15 @@ def test_cancel_ends_the_wait_for_devices_that_a_worker_does_not_tell(
     panel.ui.applyButton.click()
     settle(lambda: panel.worker.job is job)
     assert panel.ui.cancelButton.enabled
-    panel.ui.cancelButton.click()
+    if end == "cancel":
+        panel.ui.cancelButton.click()
+    else:
+        slicer.mrmlScene.Clear(False)
     finish(panel)
-    assert panel.parameters.result is not None
+    assert dialogs.said == []
+    assert (panel.parameters.result is None) == (end != "cancel")
+    add_volume()
+    panel.enter()
     assert panel.ui.applyButton.enabled
 
 
@@ -735,6 +862,39 @@ def test_settings_of_the_machine_are_found_again(open_panel: Callable[[str], Any
     assert (again.ui.workerSelector.currentData, again.ui.hostEdit.text) == ("ssh", "gpu1")
     assert again.ui.hostEdit.enabled
     assert not again.ui.pythonPathEdit.enabled
+
+
+@pytest.mark.parametrize("place", ["slicer", "python"])
+def test_each_python_does_all_of_its_work_in_its_own_environment(
+    place: str, panel: Any, five_cases: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dialogs: Dialogs
+) -> None:
+    """What Slicer's launcher sets would mislead another Python; Slicer's own needs it."""
+    interpreter, log = tmp_path / "bin" / "PythonSlicer", tmp_path / "log.txt"
+    interpreter.parent.mkdir()
+    interpreter.write_text(
+        f'#!/bin/sh\necho "$5 ${{SLICER_HOME-none}}" >>"{log}"\nexec "{sys.executable}" "$@"\n', encoding="utf-8"
+    )
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("SLICER_HOME", "Slicer's")
+    if place == "slicer":
+        monkeypatch.setenv("PATH", str(interpreter.parent), prepend=os.pathsep)
+    else:
+        choose(panel.ui.workerSelector, "python")
+        panel.ui.pythonPathEdit.currentPath = str(interpreter)
+    del panel.logic.close
+    panel.logic._client = None
+    assert ids(apply(panel, add_volume())) == set(STRUCTURES)
+    panel.logic.close()
+    panel.ui.doctorButton.click()
+    settle(lambda: panel.setupSection.process is None)
+    for case in ("bad", "case1", "case2", "case3"):
+        (five_cases / f"{case}.nii.gz").unlink()
+    start_batch(panel, five_cases, tmp_path / "results")
+    settle(lambda: panel.batches.batch is None)
+    assert dialogs.said == []
+    assert panel.ui.batchStatusLabel.text == "1 done, 0 skipped, 0 failed"
+    found = "Slicer's" if place == "slicer" else "none"
+    assert log.read_text(encoding="utf-8").splitlines() == [f"worker {found}", f"doctor {found}", f"segment {found}"]
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
@@ -860,7 +1020,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import conftest
 from harness.application import open_module
 open_module(conftest.ROOT / "{module}" / "{module}.py")
-heavy = {{"torch", "SimpleITK", "scipy", "nrrd", "safetensors", "cc3d", "psutil", "m4oe.predictor", "m4oe.client"}}
+heavy = {{"torch", "SimpleITK", "scipy", "nrrd", "safetensors", "cc3d", "psutil"}}
+heavy |= {{"m4oe." + name for name in ("client", "files", "geometry", "network", "nodes", "predictor")}}
 print(sorted(heavy & set(sys.modules)))
 """
     environment = {**os.environ, "M4OE_MODELS": str(tmp_path)}
@@ -871,10 +1032,10 @@ print(sorted(heavy & set(sys.modules)))
 # ---- batch, installation
 
 
-def start_batch(panel: Any, source: Path, target: Path) -> None:
+def start_batch(panel: Any, source: Path, target: Path, pictures: bool = False) -> None:
     panel.ui.batchInputEdit.currentPath = str(source)
     panel.ui.batchOutputEdit.currentPath = str(target)
-    panel.ui.batchPicturesCheckBox.checked = False
+    panel.ui.batchPicturesCheckBox.checked = pictures
     panel.ui.batchStartButton.click()
 
 
@@ -917,6 +1078,21 @@ def test_a_batch_of_five_with_one_bad_case(panel: Any, dialogs: Dialogs, five_ca
     assert panel.ui.batchStatusLabel.text == "0 done, 4 skipped, 1 failed"
     assert batch_table(panel)["case3"] == "skipped: done before"
     assert [kind for kind, _ in dialogs.said] == []
+
+
+def test_a_batch_writes_the_chosen_format_and_pictures(
+    panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path
+) -> None:
+    for number in range(1, 4):
+        (five_cases / f"case{number}.nii.gz").unlink()
+    (five_cases / "bad.nii.gz").unlink()
+    choose(panel.ui.batchFormatSelector, "nii.gz")
+    start_batch(panel, five_cases, tmp_path / "results", pictures=True)
+    settle(lambda: panel.batches.batch is None)
+    assert dialogs.said == []
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"case0.nii.gz", "case0.png"} <= written
+    assert not any(name.endswith(".seg.nrrd") for name in written)
 
 
 def test_a_stopped_batch_goes_on_when_it_is_started_again(
@@ -1008,6 +1184,39 @@ def test_the_doctor_examines_the_python_of_the_worker(panel: Any) -> None:
     assert slicer.app.clipboard().text() == panel.ui.doctorText.plainText
 
 
+@pytest.fixture
+def bundle(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A bundle of one model, brought, and no packages."""
+    from m4oe import bundle
+
+    monkeypatch.setattr(bundle, "_download", lambda *given: None)
+    with monkeypatch.context() as patch:
+        (tmp_path / "there").mkdir()
+        shutil.copyfile(tiny_model, tmp_path / "there" / "brought.safetensors")
+        patch.setenv("M4OE_MODELS", str(tmp_path / "there"))
+        bundle.make_bundle(tmp_path / "bundle.zip")
+    monkeypatch.setattr(qt.QFileDialog, "getOpenFileName", lambda *arguments: str(tmp_path / "bundle.zip"))
+    return tmp_path / "bundle.zip"
+
+
+def test_a_bundle_is_imported_and_its_model_offered(panel: Any, bundle: Path, tmp_path: Path) -> None:
+    panel.ui.bundleButton.click()
+    settle(lambda: panel.setupSection.process is None)
+    assert "models copied: brought" in panel.ui.doctorText.plainText
+    assert panel.ui.modelSelector.findData(str(tmp_path / "models" / "brought.safetensors")) >= 0
+
+
+def test_a_damaged_bundle_is_told_and_leaves_nothing(panel: Any, bundle: Path, tmp_path: Path) -> None:
+    data = bytearray(bundle.read_bytes())
+    data[len(data) // 2] ^= 255
+    bundle.write_bytes(data)
+    panel.ui.bundleButton.click()
+    settle(lambda: panel.setupSection.process is None)
+    assert "is damaged" in panel.ui.doctorText.plainText and "copy it again" in panel.ui.doctorText.plainText
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny.safetensors"]
+    assert panel.ui.bundleButton.enabled
+
+
 def test_nothing_is_installed_without_consent(panel: Any, dialogs: Dialogs) -> None:
     dialogs.answer = False
     panel.ui.installButton.click()
@@ -1021,26 +1230,79 @@ def test_install_begins_with_the_extension_pytorch(panel: Any) -> None:
     assert "Restart Slicer" in panel.ui.doctorText.plainText
 
 
-def test_install_lets_pip_replace_nothing(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from m4oe import install
+Pip = Callable[[list[str], Path], None]
 
+
+@pytest.fixture
+def stand_in_pip(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pip], str]:
+    """Slicer with PyTorch, one package missing, and this in the place of its pip; says what is missing."""
+    from m4oe import doctor, install
+
+    def stand_in(pip_install: Pip) -> str:
+        pytorch, packaging = ModuleType("PyTorchUtils"), ModuleType("slicer.packaging")
+        pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
+        pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: True)
+        packaging.pip_install = lambda packages, constraints, requester: pip_install(packages, constraints)
+        monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
+        monkeypatch.setitem(sys.modules, "slicer.packaging", packaging)
+        monkeypatch.setattr(slicer, "packaging", packaging, raising=False)
+        wanted = next(entry for entry in install.REQUIREMENTS if entry.name == "tqdm")
+        for module in (doctor, install):
+            monkeypatch.setattr(module, "missing", lambda: (wanted,))
+        return str(wanted)
+
+    return stand_in
+
+
+def test_install_lets_pip_replace_nothing(panel: Any, stand_in_pip: Callable[[Pip], str]) -> None:
     calls: list[Any] = []
-    pytorch, packaging = ModuleType("PyTorchUtils"), ModuleType("slicer.packaging")
-    pytorch.__spec__ = SimpleNamespace(name="PyTorchUtils")
-    pytorch.PyTorchUtilsLogic = lambda: SimpleNamespace(torchInstalled=lambda: True)
-    packaging.pip_install = lambda packages, constraints, requester: calls.append(
-        (packages, constraints.read_text(encoding="utf-8"))
-    )
-    monkeypatch.setitem(sys.modules, "PyTorchUtils", pytorch)
-    monkeypatch.setitem(sys.modules, "slicer.packaging", packaging)
-    monkeypatch.setattr(slicer, "packaging", packaging, raising=False)
-    wanted = next(entry for entry in install.REQUIREMENTS if entry.name == "tqdm")
-    monkeypatch.setattr(install, "missing", lambda: (wanted,))
+    wanted = stand_in_pip(lambda packages, constraints: calls.append((packages, constraints.read_text("utf-8"))))
     panel.ui.installButton.click()
     ((packages, constraints),) = calls
-    assert packages == [str(wanted)]
+    assert packages == [wanted]
     assert f"numpy=={np.__version__}" in constraints
     assert "Installed" in panel.ui.doctorText.plainText
+
+
+def test_a_failing_pip_is_told_with_its_last_words_and_the_cure(
+    panel: Any, dialogs: Dialogs, stand_in_pip: Callable[[Pip], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(packages: list[str], constraints: Path) -> None:
+        print("Looking in indexes", "line\n" * 20, "ERROR: No matching distribution found", sep="\n")  # noqa: T201
+        raise subprocess.CalledProcessError(1, ["PythonSlicer", "-m", "pip", "install", *packages])
+
+    wanted = stand_in_pip(fail)
+    panel.ui.installButton.click()
+    (error,) = dialogs.errors
+    assert f"Pip could not install {wanted}. Press Examine" in error
+    assert "import a bundle" in error
+    assert error.endswith("ERROR: No matching distribution found")
+    assert "Looking in indexes" not in error and "PythonSlicer" not in error
+    assert "Looking in indexes" in capsys.readouterr().out
+    assert panel.ui.installButton.enabled
+
+
+def test_a_full_disk_is_told_before_anything_is_asked(
+    panel: Any, dialogs: Dialogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2**29))
+    panel.ui.installButton.click()
+    ((kind, text),) = dialogs.said
+    assert kind == "error"
+    assert "0.5 GB free for packages" in text and "free 1 GB for packages" in text
+
+
+def test_a_folder_of_packages_that_cannot_be_written_is_told_before_anything_is_asked(
+    panel: Any, dialogs: Dialogs, stand_in_pip: Callable[[Pip], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    stand_in_pip(lambda *given: calls.append(given))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/proc/nowhere")
+    panel.ui.installButton.click()
+    ((kind, text),) = dialogs.said
+    assert kind == "error"
+    assert "/proc/nowhere cannot be written, so nothing can be installed" in text
+    assert calls == []
 
 
 @pytest.mark.parametrize("before", [None, "mine.txt"])
@@ -1071,9 +1333,18 @@ def test_the_extension_pytorch_installs_torch_under_constraints_too(
     assert "PyTorch was not installed" in dialogs.errors[0]
 
 
-def test_reload_takes_the_package_along(panel: Any) -> None:
-    panel.onReload()
-    assert not any(name.partition(".")[0] in ("m4oe", "M4oESegmentationLib") for name in sys.modules)
+def test_a_reloaded_panel_works_with_the_package_anew(
+    panel: Any, open_panel: Callable[[str], Any], dialogs: Dialogs
+) -> None:
+    with patch.dict(sys.modules):  # the other tests go on with what they have
+        panel.cleanup()
+        panel.onReload()
+        assert not any(name.partition(".")[0] in ("m4oe", "M4oESegmentationLib") for name in sys.modules)
+        again = open_panel("M4oESegmentation")
+        assert type(again.models) is not type(panel.models)
+        assert ids(apply(again, add_volume())) == set(STRUCTURES)
+        assert dialogs.said == []
+        again.logic.close()
 
 
 def test_sample_data_are_offered_once_slicer_has_started(panel: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,9 +146,12 @@ class Application(QObject):
     ioManager = coreIOManager
 
     def startupEnvironment(self) -> Any:
+        """Without a variable of those that Slicer's launcher sets."""
         import qt
 
-        return qt.QProcessEnvironment.systemEnvironment()
+        environment = qt.QProcessEnvironment.systemEnvironment()
+        environment.remove("SLICER_HOME")
+        return environment
 
     def clipboard(self) -> Any:
         return QtWidgets.QApplication.clipboard()
