@@ -107,8 +107,8 @@ def examine() -> tuple[Finding, ...]:
         *_slicers_own(packages),
         _remains(packages, site),
         _memory(answers),
-        _disk({"packages": site, "models": model_folders()[0], "temporary files": Path(tempfile.gettempdir())}),
-        _writable(site),
+        disk_space({"packages": site, "models": model_folders()[0], "temporary files": Path(tempfile.gettempdir())}),
+        write_access(site),
         *([_path_length(str(site), torch_is_there)] if sys.platform == "win32" else []),
         _proxies(),
         _certificates(os.environ),
@@ -417,7 +417,7 @@ def _memory(answers: Mapping[str, tuple[str, Any]]) -> Finding:
     return Finding("memory", state, found, "close other programs, or crop large volumes")
 
 
-def _disk(places: Mapping[str, Path]) -> Finding:
+def disk_space(places: Mapping[str, Path]) -> Finding:
     """Room where packages, models and pip's temporary files go; torch needs most of it."""
     needed = _TORCH_GB if any(each.name == "torch" for each in missing()) else _SPARE_GB
     free = {name: _free_gb(place) for name, place in places.items()}
@@ -444,7 +444,8 @@ def _can_write(folder: Path) -> bool:
         return False
 
 
-def _writable(site: Path) -> Finding:
+def write_access(site: Path) -> Finding:
+    """Whether packages can be installed there."""
     if _can_write(_existing(site)):
         return Finding("folder of packages", "ok", str(site))
     state = "problem" if missing() else "note"

@@ -43,6 +43,9 @@ def describe(spec: Any) -> str:
         _("<b>Licence:</b> {text}").format(text=escape(spec.licence or _("not given"))),
         _("<b>Structures:</b> {count}").format(count=len(spec.structures)),
     ]
+    for title, key in ((_("Learned from"), "data"), (_("On real volumes"), "real volumes")):
+        if spec.training.get(key):
+            parts.append(f"<b>{title}:</b> {escape(str(spec.training[key]))}")
     for cases, scores in _scores(spec).items():
         parts.append(
             _("<b>Dice on {cases}, mean (lowest to highest):</b> {scores}").format(

@@ -108,10 +108,10 @@ def checkPlace() -> None:
     Raises:
         RuntimeError: There is too little room, or their folder cannot be written.
     """
-    from m4oe.doctor import _disk, _writable
+    from m4oe.doctor import disk_space, write_access
 
     site = Path(sysconfig.get_path("purelib"))
-    findings = (_disk({"packages": site, "temporary files": Path(tempfile.gettempdir())}), _writable(site))
+    findings = (disk_space({"packages": site, "temporary files": Path(tempfile.gettempdir())}), write_access(site))
     problems = [f"{finding.found}: {finding.cure}." for finding in findings if finding.state == "problem"]
     if problems:
         raise RuntimeError("\n".join(problems))

@@ -1,16 +1,19 @@
-"""What a training would take: `m4oe train --estimate` in the worker's Python, in a line of its own."""
+"""What a training would take and draw: `m4oe train --estimate` in the worker's Python."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from m4oe.training_run import SYNTHESIS
 from M4oESegmentationLib import Worker
 from M4oESegmentationLib.Errors import errorsShown
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
 
 from . import Runs
+from .RunView import showPicture
 
 
 class EstimateSection:
@@ -43,6 +46,9 @@ class EstimateSection:
         self.stop()
         with errorsShown(_("There is no estimate.")):
             self._ui.estimateLabel.text = Runs.estimate(process)
+            picture = Path(self._chosen[self._chosen.index("-o") + 1], SYNTHESIS)
+            if picture.exists():
+                showPicture(self._ui.synthesisLabel, picture)
 
     def stop(self) -> None:
         """Ends the one under way, and shows none."""
@@ -60,4 +66,5 @@ class EstimateSection:
 
     def _show(self, process: Process | None, text: str) -> None:
         self.process, self._ui.estimateLabel.text = process, text
+        self._ui.synthesisLabel.clear()
         self._ui.estimateButton.text = _("Estimate") if process is None else _("Cancel")

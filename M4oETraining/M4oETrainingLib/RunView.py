@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import qt
 from m4oe.labels import structure
-from m4oe.training_run import Progress, Run
+from m4oe.training_run import SYNTHESIS, Progress, Run
 from slicer.i18n import tr as _
 
 from . import Runs
@@ -158,17 +158,21 @@ class RunView:
 
     def _showPicture(self) -> None:
         """The newest picture of validation cases; before the first, what synthetic images look like."""
-        pictures = list(self.run.folder.glob("synthesis.png"))
+        pictures = list(self.run.folder.glob(SYNTHESIS))
         pictures += sorted(self.run.folder.glob("previews/step_*.png"), key=lambda path: int(path.stem[5:]))
         if pictures and pictures[-1] != self._picture:
             self._picture = pictures[-1]
-            pixmap = qt.QPixmap(str(self._picture))
-            self._ui.previewLabel.setPixmap(pixmap.scaledToWidth(_PICTURE_WIDTH, qt.Qt.SmoothTransformation))
+            showPicture(self._ui.previewLabel, self._picture)
             self._ui.previewCaptionLabel.text = (
                 _("Label maps drawn in made-up contrasts, which are mixed with your images:")
-                if self._picture.name == "synthesis.png"
+                if self._picture.name == SYNTHESIS
                 else _("Validation cases: slice, truth, prediction")
             )
+
+
+def showPicture(label: Any, path: Path) -> None:
+    """The picture in the width of the panel."""
+    label.setPixmap(qt.QPixmap(str(path)).scaledToWidth(_PICTURE_WIDTH, qt.Qt.SmoothTransformation))
 
 
 def clear(ui: Any) -> None:

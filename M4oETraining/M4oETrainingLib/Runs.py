@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import slicer.util
-from m4oe.training_run import ACTIVE, ERROR, EVENTS, Run, check_folder
+from m4oe.training_run import ACTIVE, ERROR, EVENTS, SYNTHESIS, Run, check_folder
 from M4oESegmentationLib import Models, Worker
 from M4oESegmentationLib.Process import Process
 from slicer.i18n import tr as _
@@ -20,7 +20,13 @@ from . import Data
 
 _CHECKPOINT = "checkpoint.safetensors"
 _PROBE = "from importlib.util import find_spec as f; s = f('torch'); raise SystemExit(0 if s and s.origin else 3)"
-_PREPARED = ("plan.json", "config.json", "data.sha256", EVENTS)  # by an attempt or an estimate, of its choices
+_PREPARED = (
+    "plan.json",
+    "config.json",
+    "data.sha256",
+    SYNTHESIS,
+    EVENTS,
+)  # by an attempt, of its choices
 
 
 def known() -> list[str]:

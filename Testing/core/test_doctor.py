@@ -197,7 +197,7 @@ def test_little_memory_is_told(free: int, state: str) -> None:
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_free_gb", lambda place: 0.5)
-    assert str(tmp_path) in doctor._disk({"models": tmp_path}).cure
+    assert str(tmp_path) in doctor.disk_space({"models": tmp_path}).cure
 
 
 @pytest.fixture

@@ -341,6 +341,9 @@ def test_a_model_says_what_it_was_scored_on(panel: Any) -> None:
 
     (spec,) = (spec for spec in panel.models.specs.values() if spec.name == "tiny")
     assert "Dice on cases that training did not see" in describe(spec)
+    told = {"data": "1 CT & labels", "real volumes": "never seen: liver 0.8"}
+    told_of = describe(replace(spec, limits="no tumour is found", training=told))
+    assert all(words in told_of for words in ("no tumour is found", "1 CT &amp; labels", "never seen: liver 0.8"))
     assert "ct 0.80 (0.70 to 0.90)" in describe(spec)
     assert "Dice on computer-made phantoms" in describe(replace(spec, training={"data": "1 CT, phantoms"}))
     assert "Dice on validation cases" in describe(replace(spec, training={"scored_on_validation": ["ct"]}))

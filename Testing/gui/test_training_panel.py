@@ -367,16 +367,19 @@ def other_scene(panel: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [other_length, other_device, other_scene])
-def test_an_estimate_goes_when_a_choice_changes_that_it_depends_on(panel: Any, change: Callable[[Any], None]) -> None:
+def test_an_estimate_goes_when_a_choice_changes_that_it_depends_on(
+    panel: Any, change: Callable[[Any], None], tmp_path: Path
+) -> None:
     panel._command = lambda *more: [sys.executable, "-c", 'print(\'{"seconds": 1, "memory_mib": 1, "gpu_mib": 0}\')']
-    panel.parameters.synthesise = True
+    panel.parameters.synthesise, panel.parameters.runFolder = True, str(tmp_path)
+    qt.QPixmap(8, 8).save(str(tmp_path / "synthesis.png"))
     panel.ui.estimateButton.click()
     panel.ui.nameEdit.text = "mine"
     settle(lambda: panel.onTimer() or not panel._estimate.busy)
-    assert panel.ui.estimateLabel.text.startswith("It takes")
+    assert panel.ui.estimateLabel.text.startswith("It takes") and not panel.ui.synthesisLabel.pixmap.isNull()
     change(panel)
     panel.onTimer()
-    assert panel.ui.estimateLabel.text == ""
+    assert panel.ui.estimateLabel.text == "" and panel.ui.synthesisLabel.pixmap.isNull()
 
 
 @pytest.mark.parametrize("change", [other_length, other_device])
