@@ -744,8 +744,9 @@ def test_without_a_terminal_there_is_a_line_per_case_and_no_bar(
     segment: Command, tmp_path: Path, capsys: Captured
 ) -> None:
     segment(saved(tmp_path / "CT.nii.gz"))
-    first, second, *others = capsys.readouterr().err.splitlines()
-    assert (first, second) == ("tiny 1: Knows nothing.", "1/1 CT ...")
+    lines = capsys.readouterr().err.splitlines()
+    told, case, others = lines[:2], lines[2], lines[3:]
+    assert told == ["tiny 1: Knows nothing.", "device: cpu"] and case == "1/1 CT ..."
     assert all(line.startswith("m4oe: warning: CT: ") for line in others)
 
 
