@@ -395,3 +395,91 @@ def test_little_of_an_mr_body_is_bone() -> None:
     rest = (atlas.labels_C[atlas.classes_ZHW] == 0) & (atlas.classes_ZHW > 0)
     bone = np.isin(atlas.classes_ZHW, [n for n, name in enumerate(atlas.tissues) if name == "bone"])
     assert 0.02 < (bone & rest).sum() / rest.sum() < 0.15
+
+
+def test_an_mr_body_is_drawn_in_the_contrast_of_its_own_image_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its liver is far darker than all else, as in no T1 of the literature."""
+    image, labels = a_person()
+    signal = np.where(image.array > -1000, 400, 0)
+    signal[labels.array == 1], signal[labels.array == 2] = 120, 20
+    mr = replace(image, array=signal.astype(np.int16), modality="MR")
+    atlas = replace(make_atlas(labels, MEANINGS, ANNOTATED, SPEC, mr), expert="mr_t1")
+
+    def darker(share: float, expert: int) -> float:
+        monkeypatch.setattr(synthesis, "_AGAIN", share)
+        inside, outside = drawn(a_synthesiser(atlas), expert, 1)
+        return float(np.mean(np.array(inside) < 0.5 * np.array(outside)))
+
+    assert darker(1.0, T1) > 0.8 > 0.5 > darker(0.0, T1)
+    assert darker(1.0, T1CE) == darker(0.0, T1CE)
+
+
+def test_what_an_image_lacks_is_drawn_in_proportion() -> None:
+    drawn_C = torch.tensor([0.0, 0.2, 0.1, 0.3])
+    found_C = synthesis._own_signals(np.array([0.0, 0.8, 0.4, np.nan]), drawn_C, np.random.default_rng(0))
+    assert found_C.tolist() == pytest.approx([0, 0.8, 0.4, 1.2], rel=0.6)
+    assert float(found_C[0]) == 0
+
+
+def a_picture() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three slices [3, 60, 60] of a square body, and where it is."""
+    body = torch.zeros(60, 60, dtype=torch.bool)
+    body[15:40, 20:40] = True
+    return 0.5 * body.float().repeat(3, 1, 1), body
+
+
+@pytest.mark.parametrize("add", [synthesis._add_table, synthesis._add_arms])
+def test_table_and_arms_lie_beside_the_body(add: Callable[..., None]) -> None:
+    image, body = a_picture()
+    before = image.clone()
+    add(image, body, 5.0, np.random.default_rng(1))
+    changed = (image != before).any(0)
+    assert changed.any() and not changed[body].any()
+    if add is synthesis._add_table:
+        assert not changed[:40].any()
+    else:
+        assert changed[:, :20].any() and changed[:, 40:].any()
+
+
+def test_beyond_a_truncated_field_of_view_nothing_is_labelled() -> None:
+    image, labels = torch.ones(3, 60, 60), torch.ones(60, 60, dtype=torch.long)
+    synthesis._truncate(image, labels, 40, np.random.default_rng(0))
+    assert ((image > 0).all(0) == (labels > 0)).all()
+    rows, columns = (int((labels > 0).any(axis).sum()) for axis in (0, 1))
+    assert 0.6 * 40 < rows <= 40 and 0.6 * 40 < columns <= 40
+
+
+def test_half_of_mr_images_are_shaded_smoothly() -> None:
+    flat = torch.ones(3, 60, 60)
+    shades = [synthesis._shaded(flat, np.random.default_rng(seed)) for seed in range(60)]
+    varied = [shade for shade in shades if float(shade.std()) > 1e-3]
+    assert 15 < len(varied) < 45
+    assert all(float(shade.diff(dim=-1).abs().max()) < 0.25 * float(shade.max()) for shade in varied)
+
+
+def test_softened_edges_keep_their_place_and_mean() -> None:
+    image, body = a_picture()
+    softened = synthesis._softened(image, np.random.default_rng(0))
+    assert float(softened.sum()) == pytest.approx(float(image.sum()), rel=1e-4)
+    assert float((softened != image).float().mean()) > 0 and ((softened > 0.25) == body).all()
+
+
+def test_ghosts_of_motion_are_faint_and_moved_along_the_rows() -> None:
+    moved = 0
+    for seed in range(60):
+        image, body = a_picture()
+        synthesis._add_artefacts(image, np.random.default_rng(seed))
+        ghost = image[0][~body] - image[0][0, 0]
+        moved += bool((ghost > 1e-4).any())
+        assert float(image[0][~body].max()) < 0.2
+    assert 2 < moved < 20
+
+
+def test_organs_change_size_and_place() -> None:
+    grid = torch.stack(torch.meshgrid(torch.zeros(3), *2 * [torch.arange(-40.0, 41, 4)], indexing="ij"))
+    organ = torch.tensor([[0.0, 0.0, 0.0, 15.0]])
+    moved = [synthesis._organs_changed(grid, organ, np.random.default_rng(seed)) - grid for seed in range(40)]
+    centre = torch.stack([change[:, 0, 10, 10] for change in moved])
+    assert (centre.abs() <= torch.tensor(synthesis._MOVED_MM) + 1e-4).all()
+    assert (centre.std(0) > 1).all()
+    assert max(float(change[:, 0, 0, 0].abs().max()) for change in moved) < 1  # far away nothing moves

@@ -11,7 +11,7 @@ Shape suffixes: Z slice, H and W row and column of the canonical grid, C tissue 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,8 @@ class Atlas:
         places_M4: Centre (Z, H, W) and radius in mm of the structures.
         name: For messages.
         weight: How often it is drawn, relative to other atlases.
+        expert: That of the MR image, whose contrast may be drawn again; empty for none.
+        signals_C: Mean of each class in that image, in [0, 1]; NaN where the image does not show it.
     """
 
     classes_ZHW: NDArray[np.uint8]
@@ -101,6 +103,8 @@ class Atlas:
     places_M4: NDArray[np.float32]
     name: str = ""
     weight: float = 1.0
+    expert: str = ""
+    signals_C: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 def load_atlas(case: CaseFiles, spec: ModelSpec, weight: float = 1.0) -> Atlas:
@@ -119,7 +123,8 @@ def load_atlas(case: CaseFiles, spec: ModelSpec, weight: float = 1.0) -> Atlas:
         image = replace(read_volume(case.image, 0), name=case.case, modality=case.modality)
         labels = on_grid(labels, image.grid)
     labels = replace(labels, array=np.stack([plane.astype(np.int64) for plane in whole_planes(labels.array)]))
-    return make_atlas(labels, case.labels, case.annotated, spec, image, case.case, weight)
+    atlas = make_atlas(labels, case.labels, case.annotated, spec, image, case.case, weight)
+    return replace(atlas, expert=(case.expert or "") if case.modality == "MR" else "")
 
 
 def make_atlas(
@@ -165,7 +170,8 @@ def make_atlas(
     if intensity_ZHW is not None:
         known = np.isin(values_ZHW, list(named))
         parts.add_rest(_inside(intensity_ZHW, modality) & ~known)
-    texture_ZHW = _texture(intensity_ZHW, parts.classes_ZHW, modality)
+    means_C = np.zeros(0) if intensity_ZHW is None else _means(intensity_ZHW, parts.classes_ZHW)
+    texture_ZHW = _texture(intensity_ZHW, means_C, parts.classes_ZHW, modality)
     if GOES_ON.issuperset(_annotated_at_the_top(parts, spec)) and not {"lung", "myocardium"} & _tissues_of(annotated):
         texture_ZHW = parts.continue_upwards(texture_ZHW)
     labels_C = np.array(parts.labels)
@@ -183,6 +189,7 @@ def make_atlas(
         np.array(places, np.float32).reshape(-1, 4),
         name,
         weight,
+        signals_C=np.pad(means_C, (0, len(parts.tissues) - len(means_C)), constant_values=np.nan),
     )
 
 
@@ -361,11 +368,16 @@ def _inside(intensity_ZHW: NDArray, modality: str) -> NDArray[np.bool_]:
     return np.stack([ndimage.binary_fill_holes(ndimage.binary_closing(plane, iterations=2)) for plane in mask])
 
 
-def _texture(intensity_ZHW: NDArray | None, classes_ZHW: NDArray, modality: str) -> NDArray[np.float16] | None:
+def _means(intensity_ZHW: NDArray, classes_ZHW: NDArray) -> NDArray[np.float64]:
+    flat = classes_ZHW.ravel()
+    return np.bincount(flat, intensity_ZHW.ravel()) / np.maximum(np.bincount(flat), 1)
+
+
+def _texture(
+    intensity_ZHW: NDArray | None, means_C: NDArray, classes_ZHW: NDArray, modality: str
+) -> NDArray[np.float16] | None:
     if intensity_ZHW is None:
         return None
-    flat = classes_ZHW.ravel()
-    means_C = np.bincount(flat, intensity_ZHW.ravel()) / np.maximum(np.bincount(flat), 1)
     unit = 100 / (_RULES["CT"].high - _RULES["CT"].low) if modality == "CT" else 0.5
     return np.clip((intensity_ZHW - means_C[classes_ZHW]) / unit, -1, 1).astype(np.float16) * (classes_ZHW > 0)
 

@@ -3,9 +3,10 @@
 An image is three slices of an `Atlas`. Drawn for each anew are: a large smooth deformation, tilt, the proportions of
 the body, size and place of single organs, slice distance and thickness; the signal of each tissue (in CT HU with
 contrast phases; in MR the signal equations of spin and gradient echoes with T1, T2 and density of the literature, fat
-suppressed or not, and each tissue varied at random on top); texture of the real image and of chance, lesions, arms,
-table, a truncated field of view, and ghosts of motion. The rest the `Augmenter` does with synthetic and real images
-alike: rotation, scale, bias field, gamma, resolution, blur and noise.
+suppressed or not, and each tissue varied at random on top; for the expert of the body's own MR image sometimes that
+image's means); texture of the real image and of chance, lesions, arms, table, a truncated field of view, and ghosts of
+motion. The rest the `Augmenter` does with synthetic and real images alike: rotation, scale, bias field, gamma,
+resolution, blur and noise.
 
 Sources: Billot et al., "SynthSeg", Medical Image Analysis 86, 2023 (images from label maps, random contrast and
 resolution); Hoffmann et al., "SynthMorph", IEEE Transactions on Medical Imaging 41, 2022 (shapes and contrasts beyond
@@ -44,6 +45,7 @@ _DIM = 0.3  # share of MR images that are dimmer than their volume, far from the
 _MOVED = (0.6, 0.2, 0.2)  # of an organ's radius, upwards and in the plane: kidneys may lie high or low beside the liver
 _MOVED_MM = (35.0, 15.0, 15.0)  # at most
 _WILD = 0.05  # share of MR images whose tissues have any signal
+_AGAIN = 0.3  # share of an MR expert's images of a body whose own image is that expert's, that look like it
 _EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
 _CYST = {  # brightness of the finished image: in CT of water in the window, in MR of fluid
     "ct": (0.38, 0.48),
@@ -139,7 +141,8 @@ class Synthesiser:
         first, last = _span(places_SHW3[..., 0], len(atlas.classes_ZHW))
         classes_ZHW = self.classes[number][first:last].long()
         contrast = _contrast(self.spec.experts[expert].name, self.spec.experts[expert].modality, rng)
-        slab_ZHW = self._paint(atlas, number, classes_ZHW, first, contrast, rng)
+        again = self.spec.experts[expert].name == atlas.expert and rng.random() < _AGAIN
+        slab_ZHW = self._paint(atlas, number, classes_ZHW, first, contrast, rng, again)
         slab_ZHW = _thick(slab_ZHW, step_mm / atlas.spacing[0], rng)
         places_SHW3[..., 0] -= first
         image_SHW = _sampled(slab_ZHW, places_SHW3, "bilinear")
@@ -172,11 +175,21 @@ class Synthesiser:
     # Appearance
 
     def _paint(
-        self, atlas: Atlas, number: int, classes_ZHW: Tensor, first: int, contrast: str, rng: Generator
+        self,
+        atlas: Atlas,
+        number: int,
+        classes_ZHW: Tensor,
+        first: int,
+        contrast: str,
+        rng: Generator,
+        again: bool = False,
     ) -> Tensor:
-        """Intensities of a slab, in HU or of any scale from 0 on."""
+        """Intensities of a slab, in HU or of any scale from 0 on; `again` those of the atlas's own MR image, varied."""
         codes = [CODES[name] for name in atlas.tissues]
-        means_C, spread_C = _signals(codes, contrast, rng, wild=0.0 if self.gate else _WILD)
+        means_C, spread_C = _signals(codes, contrast, rng, wild=0.0 if self.gate or again else _WILD)
+        if again:
+            ratio = _own_signals(atlas.signals_C, means_C, rng) / means_C.clamp(min=1e-6)
+            means_C, spread_C = ratio * means_C, ratio * spread_C
         means, spread = means_C.to(self.device), spread_C.to(self.device)
         image_ZHW = means[classes_ZHW]
         voxels, start = classes_ZHW.numel(), int(rng.integers(_BANK))
@@ -354,6 +367,14 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     drawn[0] = 0
     means = torch.from_numpy(np.asarray(drawn)).float()
     return means, means * (spread.clamp(max=20) / 100 + 0.02)
+
+
+def _own_signals(signals_C: NDArray[np.float64], means_C: Tensor, rng: Generator) -> Tensor:
+    """The signals that an image shows, a little varied; for tissues that it lacks the drawn ones in proportion."""
+    shown_C = torch.from_numpy(signals_C * np.exp(rng.normal(0, 0.15, len(signals_C)))).float()
+    seen_C = ~shown_C.isnan() & (means_C > 0)
+    proportion = (shown_C[seen_C] / means_C[seen_C]).median() if seen_C.any() else 1.0
+    return torch.where(seen_C, shown_C, means_C * proportion)
 
 
 def _softened(image_SHW: Tensor, rng: Generator) -> Tensor:
