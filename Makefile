@@ -21,6 +21,8 @@ help: ## list the targets
 demo: .venv/installed ## segment a made-up volume, or INPUT=file, and draw it, into build/demo
 	$(BIN)/m4oe demo -o build/demo $(if $(INPUT),--input "$(INPUT)")
 
+# Two kinds at a time with threads of OpenMP each would spend most of two cores on waiting for each other.
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed-test .slicer-stable/installed ## run all tests, two kinds at a time
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-core test-training test-nodes test-nodes-stable test-gui test-gui-stable
 	@PATH="$$PATH:/usr/sbin" command -v sshd > /dev/null || \

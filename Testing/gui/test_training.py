@@ -270,7 +270,7 @@ qt.QSettings.setDefaultFormat(qt.QSettings.IniFormat)
 qt.QSettings.setPath(qt.QSettings.IniFormat, qt.QSettings.UserScope, settings)
 shutil.which = lambda name: sys.executable
 panel = open_module(conftest.ROOT / "M4oETraining" / "M4oETraining.py")
-test_training.choose(panel, Path(data), Path(run), 0.3)
+test_training.choose(panel, Path(data), Path(run), 0.05)
 panel.ui.startButton.click()
 settle(lambda: False, 600)
 """
