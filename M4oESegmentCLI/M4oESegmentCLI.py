@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("inputVolume", "outputLabelMap"):  # or by their places; only what has a flag may be left out in Slicer
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS)
     parser.add_argument("--color-table", dest="colorTable", default="")
+    parser.add_argument("--batch", action="store_true")
     parser.add_argument("--input-folder", dest="inputFolder", default="")
     parser.add_argument("--input-table", dest="inputTable", default="")
     parser.add_argument("--output-folder", dest="outputFolder", default="")
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     print(f"<filter-start><filter-name>{NAME}</filter-name><filter-comment>Segmenting</filter-comment></filter-start>")
     try:
-        code = segment(options) if options.inputVolume else segment_batch(options)
+        code = segment_batch(options) if options.batch else segment(options)
     except ImportError as error:
         print(f"{error}. Open M4oE Segmentation and press Install under Installation and doctor.", file=sys.stderr)
         return 1
@@ -63,10 +64,7 @@ def segment_batch(options: argparse.Namespace) -> int:
 
     source = options.inputTable or options.inputFolder  # Slicer's panel always names some folder
     if not (source and options.outputFolder):
-        raise ValueError(
-            "there is nothing to segment: choose an input volume and an output label map, "
-            "or an input folder (or table) and an output folder"
-        )
+        raise ValueError("a batch needs an input folder (or table) and an output folder: choose both")
     words = ["segment", source, "-o", options.outputFolder, "--resume", "--preview"]
     words += ["--model", options.model, "--expert", options.expert]
     words += ["--device", options.device, "--quality", options.quality]
@@ -75,8 +73,8 @@ def segment_batch(options: argparse.Namespace) -> int:
 
 def segment(options: argparse.Namespace) -> int:
     """Reads the volume, writes the label map and, where one is wanted, its color table."""
-    if not options.outputLabelMap:
-        raise ValueError("an output label map is missing: choose one for the input volume")
+    if not (options.inputVolume and options.outputLabelMap):
+        raise ValueError("choose an input volume and an output label map, or switch on Batch and choose folders")
     from m4oe.files import read_volume, write_segmentation
     from m4oe.predictor import Predictor
 

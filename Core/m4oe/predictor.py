@@ -98,7 +98,7 @@ class Predictor:
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
         self._asked, self._may_leave_gpu = (model, precision), device == "auto"
-        self._notes: tuple[str, ...] = ()
+        self._notes: tuple[str, ...] = ()  # said in every report
         self.device = find_device(device)
         try:
             self._load(model, precision)
@@ -389,8 +389,8 @@ def why_cpu() -> str:
 
 
 def _is_no_memory(error: RuntimeError) -> bool:
-    """Whether it is the GPU's; Apple's comes without a type of its own."""
-    return "out of memory" in str(error)
+    """Whether it is the GPU's; Apple's and those of CUDA's libraries come without a type of their own."""
+    return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
 
 
 def find_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from .spec import ModelSpec
 from .training_run import ERROR
 
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # one sentence each, no traceback
-_NO_MEMORY = ("out of memory", "allocate memory", "enough memory")
+_NO_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")
 _NO_GPU = ("CUDA error", "cuDNN error", "NVIDIA driver")
 
 
@@ -40,14 +40,14 @@ def one_line(error: object) -> str:
         file = error.filename2 or error.filename  # of two, the copy
         return f"the disk is full{f', cannot write {file}' if file else ''}; make room and try again"
     text = " ".join(str(error).split())  # whatever a library says
-    if not isinstance(error, Exception):
+    if not isinstance(error, (RuntimeError, MemoryError)):
         return text
     if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
         return f"the memory ran out ({text}); close other programs, crop the volume, or choose another device"
     if any(words in text for words in _NO_GPU):
-        first = str(error).splitlines()[0]  # the others are for those who write CUDA code
+        line = next(line for line in str(error).splitlines() if any(words in line for words in _NO_GPU))
         return (
-            f"the GPU or its driver failed ({first}); try again, and if that does not help "
+            f"the GPU or its driver failed ({line.strip()}); try again, and if that does not help "
             "restart the computer, choose the CPU as device, or see what the Doctor says"
         )
     return text

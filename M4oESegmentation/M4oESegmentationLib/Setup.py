@@ -83,6 +83,18 @@ def _constraints() -> Iterator[Path]:
                 os.environ["PIP_CONSTRAINT"] = before
 
 
+class _Heard(io.StringIO):
+    """Keeps what is printed, and passes it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._console = sys.stdout
+
+    def write(self, text: str) -> int:
+        self._console.write(text)
+        return super().write(text)
+
+
 @contextmanager
 def _pip(packages: str) -> Iterator[Path]:
     """Gives the constraints under which pip is run meanwhile; where it fails, its last words come with what to do.
@@ -90,7 +102,7 @@ def _pip(packages: str) -> Iterator[Path]:
     Raises:
         RuntimeError: pip failed.
     """
-    said = io.StringIO()  # Slicer prints pip's lines, and puts none into its error
+    said = _Heard()  # Slicer prints pip's lines, and puts none into its error
     try:
         with _constraints() as path, redirect_stdout(said):
             yield path
@@ -98,8 +110,6 @@ def _pip(packages: str) -> Iterator[Path]:
         todo = _("Press Examine, which says what is wrong here. Without a network, import a bundle instead.")
         failed = _("Pip could not install {packages}.").format(packages=packages)
         raise RuntimeError("\n".join([f"{failed} {todo}", *lastLines(said.getvalue().splitlines())])) from error
-    finally:
-        sys.stdout.write(said.getvalue())  # in the Python console, as ever
 
 
 def checkPlace() -> None:

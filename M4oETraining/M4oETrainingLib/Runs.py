@@ -26,7 +26,7 @@ _PREPARED = (
     "data.sha256",
     SYNTHESIS,
     EVENTS,
-)  # by an attempt, of its choices
+)  # of an attempt or an estimate
 
 
 def known() -> list[str]:

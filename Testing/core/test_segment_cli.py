@@ -54,7 +54,8 @@ def test_the_script_takes_the_parameters_of_the_description() -> None:
     assert known.keys() == described.keys()
     for name, entry in described.items():
         assert known[name].option_strings == [entry.findtext("longflag")]
-        assert (known[name].default or "") == (entry.findtext("default") or "")
+        default = "false" if known[name].default is False else known[name].default
+        assert default == (entry.findtext("default") or "")
         assert entry.find("index") is None  # Slicer would not run without it
 
 
@@ -86,13 +87,13 @@ def test_the_script_segments_a_folder_where_one_bad_case_stops_nothing(model: Pa
     bad.write_bytes(b"?")
     out = tmp_path / "out"
     wanted = ["--output-folder", out, "--model", model, "--device", "cpu", "--structures", "liver,spleen"]
-    done = run("--input-folder", tmp_path / "in", *wanted)
+    done = run("--batch", "--input-folder", tmp_path / "in", *wanted)
     assert done.returncode == 1 and "b.nrrd" in done.stderr and "1 done, 0 skipped, 1 failed" in done.stdout
     assert {"a.seg.nrrd", "a.png", "volumes.csv", "volumes.json", "log.txt"} <= {path.name for path in out.iterdir()}
     assert "<filter-end>" not in done.stdout
     assert list(reports(out)["a"]["volumes_ml"]) == ["liver", "spleen"]
     bad.unlink()
-    again = run("--input-folder", tmp_path / "in", *wanted)
+    again = run("--batch", "--input-folder", tmp_path / "in", *wanted)
     assert again.returncode == 0 and "0 done, 1 skipped" in again.stdout and "<filter-end>" in again.stdout
 
 
@@ -100,16 +101,17 @@ def test_a_table_goes_before_the_folder_that_slicer_names_anyway(model: Path, tm
     saved(tmp_path / "a.nrrd")
     (tmp_path / "cases.csv").write_text("input,case\na.nrrd,first\n", encoding="utf-8")
     places = ["--input-folder", tmp_path, "--input-table", tmp_path / "cases.csv", "--output-folder", tmp_path / "out"]
-    assert run(*places, "--model", model, "--device", "cpu").returncode == 0
+    assert run("--batch", *places, "--model", model, "--device", "cpu").returncode == 0
     assert list(reports(tmp_path / "out")) == ["first"]
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--output-folder", "out"], "there is nothing to segment: choose an input volume"),
-        (["--input-folder", "in"], "there is nothing to segment: choose an input volume"),
-        (["--input-volume", "in.nrrd", "--output-folder", "out"], "an output label map is missing"),
+        (["--batch", "--output-folder", "out"], "a batch needs an input folder"),
+        (["--batch", "--input-folder", "in"], "a batch needs an input folder"),
+        (["--input-folder", "in", "--output-folder", "out"], "choose an input volume and an output label map"),
+        (["--input-volume", "in.nrrd", "--output-folder", "out"], "choose an input volume and an output label map"),
     ],
 )
 def test_the_script_says_what_is_missing(given: list[str], said: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from m4oe.files import write_volume
 from m4oe.geometry import Grid, Volume
 from m4oe.preview import write_synthesis
 from m4oe.spec import ExpertSpec, IntensityRule, ModelSpec, NetworkSpec
@@ -483,3 +484,15 @@ def test_organs_change_size_and_place() -> None:
     assert (centre.abs() <= torch.tensor(synthesis._MOVED_MM) + 1e-4).all()
     assert (centre.std(0) > 1).all()
     assert max(float(change[:, 0, 0, 0].abs().max()) for change in moved) < 1  # far away nothing moves
+
+
+def test_an_mr_case_without_an_expert_belongs_to_that_of_its_modality(tmp_path: Path) -> None:
+    image, labels = a_person()
+    write_volume(tmp_path / "image.nii.gz", replace(image, array=np.maximum(image.array, 0), modality="MR"))
+    write_volume(tmp_path / "label.nii.gz", labels)
+    case = CaseFiles(
+        "a", "a", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", "MR", None, dict(MEANINGS), ANNOTATED
+    )
+    assert load_atlas(case, SPEC).expert == "mr"
+    assert load_atlas(replace(case, expert="mr_dixon"), SPEC).expert == "mr_dixon"
+    assert load_atlas(replace(case, image=case.label), SPEC).expert == ""

@@ -124,7 +124,7 @@ def load_atlas(case: CaseFiles, spec: ModelSpec, weight: float = 1.0) -> Atlas:
         labels = on_grid(labels, image.grid)
     labels = replace(labels, array=np.stack([plane.astype(np.int64) for plane in whole_planes(labels.array)]))
     atlas = make_atlas(labels, case.labels, case.annotated, spec, image, case.case, weight)
-    return replace(atlas, expert=(case.expert or "") if case.modality == "MR" else "")
+    return replace(atlas, expert=case.expert or "mr") if image and case.modality == "MR" else atlas
 
 
 def make_atlas(
@@ -370,7 +370,8 @@ def _inside(intensity_ZHW: NDArray, modality: str) -> NDArray[np.bool_]:
 
 def _means(intensity_ZHW: NDArray, classes_ZHW: NDArray) -> NDArray[np.float64]:
     flat = classes_ZHW.ravel()
-    return np.bincount(flat, intensity_ZHW.ravel()) / np.maximum(np.bincount(flat), 1)
+    count_C = np.bincount(flat)
+    return np.where(count_C > 0, np.bincount(flat, intensity_ZHW.ravel()) / np.maximum(count_C, 1), np.nan)
 
 
 def _texture(

@@ -192,8 +192,9 @@ class Synthesiser:
             means_C, spread_C = ratio * means_C, ratio * spread_C
         means, spread = means_C.to(self.device), spread_C.to(self.device)
         image_ZHW = means[classes_ZHW]
-        voxels, start = classes_ZHW.numel(), int(rng.integers(_BANK))
-        bank = self.noise.repeat(-(-(start + voxels) // _BANK))
+        voxels = classes_ZHW.numel()
+        bank = self.noise if voxels < _BANK else self.noise.repeat(1 + voxels // _BANK)
+        start = int(rng.integers(len(bank) - voxels))
         noise_ZHW = bank[start : start + voxels].view(classes_ZHW.shape)
         image_ZHW = image_ZHW.addcmul(noise_ZHW, spread[classes_ZHW], value=float(rng.uniform(0.3, 1.6)))
         texture = self.textures[number]
