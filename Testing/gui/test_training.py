@@ -298,7 +298,7 @@ def test_a_training_outlives_the_slicer_that_started_it(
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint(panel: Any, data: Path, tmp_path: Path) -> None:
     ui, run = panel.ui, tmp_path / "run"
-    choose(panel, data, run, 0.1)
+    choose(panel, data, run, 0.05)
     ui.startButton.click()
     settle((run / "checkpoint.safetensors").exists, 600)
     os.kill(json.loads((run / "run.json").read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
