@@ -20,13 +20,8 @@ from . import Data
 
 _CHECKPOINT = "checkpoint.safetensors"
 _PROBE = "from importlib.util import find_spec as f; s = f('torch'); raise SystemExit(0 if s and s.origin else 3)"
-_PREPARED = (
-    "plan.json",
-    "config.json",
-    "data.sha256",
-    SYNTHESIS,
-    EVENTS,
-)  # of an attempt or an estimate
+# What an attempt or an estimate leaves, of its choices
+_PREPARED = ("plan.json", "config.json", "data.sha256", SYNTHESIS, EVENTS)
 
 
 def known() -> list[str]:
@@ -215,10 +210,8 @@ def stages(parameters: Any, experts: int) -> str:
     """
     from m4oe.training.config import PRESETS, addition_stages, pretrained_stages
 
-    stages, alone = (
-        PRESETS[parameters.preset.value].stages,
-        experts == 1 and not parameters.synthesise,
-    )  # which adds experts of its own
+    stages = PRESETS[parameters.preset.value].stages
+    alone = experts == 1 and not parameters.synthesise  # which adds experts of its own
     if parameters.baseModel:
         stages = addition_stages(stages)
     elif alone:

@@ -64,12 +64,8 @@ _LIKE = {  # tissues of a structure, in no order; several where it holds several
 _KINDS = {"bone": ("bone", "marrow"), "vessel": ("blood",), "muscle": ("muscle",)}
 _REST_CT = ("gas", "lung", "visceral_fat", "muscle", "bone")  # of what no label names
 _BOWEL = 0.6  # smooth noise above which muscle on CT is the wall of bowel: their HU are the same
-_REST_MR = {
-    "bone": 0.05,
-    "muscle": 0.45,
-    "bowel_wall": 0.2,
-    "fat": 0.3,
-}  # its shares; k-means finds a fifth of it bone
+# The same on MR with its shares, of which k-means would call a fifth bone
+_REST_MR = {"bone": 0.05, "muscle": 0.45, "bowel_wall": 0.2, "fat": 0.3}
 _MADE_UP = ("visceral_fat", "muscle", "bowel_wall", "bowel_fluid", "gas", "marrow")
 
 
