@@ -141,9 +141,9 @@ def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
 def demo_config(length: float, mixture: bool) -> TrainConfig:
     """The stages, `length` times as long; from a mixture on without the first."""
     stages = (
-        Stage("dense", 5500, 1e-3, balance=0.35),
-        Stage("experts", 6400, 6e-4, balance=0.35),
-        Stage("experts", 2500, 3e-4, balance=0.15),
+        Stage("dense", 7000, 1e-3, balance=0.35),
+        Stage("experts", 12000, 6e-4, balance=0.35),
+        Stage("experts", 5000, 3e-4, balance=0.15),
         Stage("gate", 600, 2e-3),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])
@@ -155,7 +155,7 @@ def demo_data(data: Path, config: TrainConfig) -> TrainingData:
     phantoms = phantom_data(config, PHANTOMS, say)
     spec = replace(
         phantoms.spec,
-        version="0.6.0",
+        version="0.7.0",
         description="Demonstration model: abdominal organs on CT and MR, the large ones best.",
         licence="Apache-2.0",
         limits=LIMITS,

@@ -21,6 +21,7 @@ from m4oe.training.data import Case, Sampler
 from m4oe.training.phantom import MODALITIES, tissue_signal
 from m4oe.training.synthesis import Synthesiser
 from scipy import ndimage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STRUCTURES = ("liver", "urinary_bladder", "spleen", "liver_tumor")
 SPEC = ModelSpec(
@@ -476,9 +477,38 @@ def test_ghosts_of_motion_are_faint_and_moved_along_the_rows() -> None:
     assert 2 < moved < 20
 
 
+class _Devices(TorchDispatchMode):
+    """Notes where tensors of more than a few numbers are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() > 1000:
+            self.found.add(result.device.type)
+        return result
+
+
+def test_where_pixels_come_from_is_computed_on_the_device() -> None:
+    synthesiser = a_synthesiser()
+    synthesiser.device = torch.device("meta")
+    with _Devices() as devices:
+        synthesiser._places(an_atlas(), 48, 4.0, np.random.default_rng(0))
+    assert devices.found == {"meta"}
+
+
+def test_kidneys_and_bladder_excrete_contrast_medium_on_mr_too() -> None:
+    codes = [CODES["air"], CODES["bladder"], CODES["liver"]]
+    drawn = [synthesis._signals(codes, "mr_t1ce", np.random.default_rng(seed), 0.0)[0] for seed in range(100)]
+    bright = [float(bladder) > 0.7 * float(liver) for _, bladder, liver in drawn]
+    assert 4 < sum(bright) < 30
+
+
 def test_organs_change_size_and_place() -> None:
     grid = torch.stack(torch.meshgrid(torch.zeros(3), *2 * [torch.arange(-40.0, 41, 4)], indexing="ij"))
-    organ = torch.tensor([[0.0, 0.0, 0.0, 15.0]])
+    organ = np.array([[0.0, 0.0, 0.0, 15.0]], np.float32)
     moved = [synthesis._organs_changed(grid, organ, np.random.default_rng(seed)) - grid for seed in range(40)]
     centre = torch.stack([change[:, 0, 10, 10] for change in moved])
     assert (centre.abs() <= torch.tensor(synthesis._MOVED_MM) + 1e-4).all()

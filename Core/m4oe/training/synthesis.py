@@ -46,7 +46,7 @@ _MOVED = (0.6, 0.2, 0.2)  # of an organ's radius, upwards and in the plane: kidn
 _MOVED_MM = (35.0, 15.0, 15.0)  # at most
 _WILD = 0.05  # share of MR images whose tissues have any signal
 _AGAIN = 0.3  # share of an MR expert's images of a body whose own image is that expert's, that look like it
-_EXCRETION = 0.25  # share of CT images in which the kidneys are brighter than in the arterial and the portal phase
+_EXCRETION = 0.25  # share of images with contrast medium that the kidneys excrete, after the portal phase
 _CYST = {  # brightness of the finished image: in CT of water in the window, in MR of fluid
     "ct": (0.38, 0.48),
     "mr_t1": (0.02, 0.3),
@@ -57,6 +57,7 @@ _IRON = 0.3  # share of T2 images in which iron makes the liver darker, or liver
 _LIVER = [CODES["liver"], CODES["liver_vein"]]
 _IRON_IN = (_LIVER, [*_LIVER, CODES["spleen"]])
 _KIDNEY = [CODES[name] for name in CODES if name.startswith(("cortex", "medulla", "urine"))]
+_URINE = [CODES["urine"], CODES["bladder"], CODES["medulla_right"], CODES["medulla_left"]]
 _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
 
 
@@ -156,19 +157,18 @@ class Synthesiser:
     def _places(self, atlas: Atlas, size: int, step_mm: float, rng: Generator) -> Tensor:
         """Where in the atlas each pixel comes from: [S, H, W, 3] in voxels (Z, H, W)."""
         spacing, shape, coarse = np.array(atlas.spacing), np.array(atlas.classes_ZHW.shape), -(-size // _COARSE)
-        line = (torch.arange(coarse) - (coarse - 1) / 2) * _COARSE * self.spec.pixel_mm
+        line = (torch.arange(coarse, device=self.device) - (coarse - 1) / 2) * _COARSE * self.spec.pixel_mm
         count = self.spec.network.channels
-        depth_S = (torch.arange(count) - count // 2) * step_mm
+        depth_S = (torch.arange(count, device=self.device) - count // 2) * step_mm
         place_3SHW = torch.stack(torch.meshgrid(depth_S, line, line, indexing="ij"))
-        turn = torch.from_numpy(_tilt(rng) * np.exp(rng.normal(0, (0.1, 0.09, 0.09)))).float()
+        turn = _float32(_tilt(rng) * np.exp(rng.normal(0, (0.1, 0.09, 0.09))), self.device)
         moved_3SHW = torch.einsum("ij,jshw->ishw", turn, place_3SHW)
         spread = self.crop * (_PART if rng.random() < _PARTS else _MIDDLE)
         centre = np.array([_slice(atlas, rng), *(shape[1:] / 2 + rng.normal(0, spread, 2))]) * spacing
-        moved_3SHW += torch.from_numpy(centre).float()[:, None, None, None]
-        moved_3SHW = _organs_changed(moved_3SHW, torch.from_numpy(atlas.places_M4), rng)
+        moved_3SHW += _float32(centre, self.device)[:, None, None, None]
+        moved_3SHW = _organs_changed(moved_3SHW, _near(atlas.places_M4, centre[0]), rng)
         moved_3SHW += _bent(coarse, depth_S, rng)
-        voxels_S3HW = (moved_3SHW / torch.tensor(spacing).float()[:, None, None, None]).transpose(0, 1)
-        voxels_S3HW = voxels_S3HW.to(self.device)
+        voxels_S3HW = (moved_3SHW / _float32(spacing, self.device)[:, None, None, None]).transpose(0, 1)
         full = F.interpolate(voxels_S3HW, scale_factor=_COARSE, mode="bilinear", align_corners=False)
         return full[..., :size, :size].permute(0, 2, 3, 1).contiguous()
 
@@ -274,6 +274,10 @@ def _slice(atlas: Atlas, rng: Generator) -> float:
     return rng.uniform(0, len(atlas.classes_ZHW) - 1)
 
 
+def _float32(array: NDArray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).float().to(device)
+
+
 def _tilt(rng: Generator) -> np.ndarray:
     """A small rotation [3, 3] of (Z, H, W) about the axes in the plane; the Augmenter turns in the plane."""
     a, b = rng.normal(0, 0.07, 2)
@@ -282,21 +286,25 @@ def _tilt(rng: Generator) -> np.ndarray:
     return about_w @ about_h
 
 
-def _organs_changed(place_3SHW: Tensor, places_M4: Tensor, rng: Generator) -> Tensor:
-    """Each structure near the slices a little larger or smaller and moved, fading out around it."""
-    middle = place_3SHW[0].mean()
-    places_M4 = places_M4[(places_M4[:, 0] - middle).abs() < 2.5 * places_M4[:, 3]]
-    if len(places_M4) == 0:
+def _near(places_M4: NDArray[np.float32], depth: float) -> NDArray[np.float32]:
+    """The structures that slices at a depth in mm may show."""
+    return places_M4[abs(places_M4[:, 0] - depth) < 2.5 * places_M4[:, 3]]
+
+
+def _organs_changed(place_3SHW: Tensor, places_M4: NDArray[np.float32], rng: Generator) -> Tensor:
+    """Each structure a little larger or smaller along each axis and moved, fading out around it."""
+    count, device = len(places_M4), place_3SHW.device
+    if count == 0:
         return place_3SHW
-    count = len(places_M4)
-    from_centre_M3SHW = place_3SHW - places_M4[:, :3, None, None, None]
-    radius_M = places_M4[:, 3].clamp(min=8)
+    radius_M1 = places_M4[:, 3:].clip(min=8)
+    grow_M3 = _float32(rng.normal(0, 0.2, (count, 3)).clip(-0.35, 0.45), device)
+    most = np.array(_MOVED_MM)
+    shift_M3 = _float32((rng.normal(0, _MOVED, (count, 3)) * radius_M1).clip(-most, most), device)
+    from_centre_M3SHW = place_3SHW - _float32(places_M4[:, :3], device)[..., None, None, None]
+    radius_M = _float32(radius_M1[:, 0], device)
     weight_M1SHW = (
         -0.5 * (from_centre_M3SHW.square().sum(1, True) / (1.4 * radius_M[:, None, None, None, None]) ** 2)
     ).exp()
-    grow_M3 = torch.from_numpy(rng.normal(0, 0.2, (count, 3))).float().clamp(-0.35, 0.45)
-    shift_M3 = torch.from_numpy(rng.normal(0, _MOVED, (count, 3))).float() * radius_M[:, None]
-    shift_M3 = shift_M3.clamp(-torch.tensor(_MOVED_MM), torch.tensor(_MOVED_MM))
     change = from_centre_M3SHW * grow_M3[..., None, None, None] + shift_M3[..., None, None, None]
     total_1SHW = weight_M1SHW.sum(0).clamp(min=1)  # where structures overlap they share
     return place_3SHW + (change * weight_M1SHW).sum(0) / total_1SHW
@@ -304,9 +312,9 @@ def _organs_changed(place_3SHW: Tensor, places_M4: Tensor, rng: Generator) -> Te
 
 def _bent(size: int, depth_S: Tensor, rng: Generator) -> Tensor:
     """A smooth displacement [3, S, H, W] in mm that changes with the depth."""
-    moved_3SHW = torch.zeros(3, len(depth_S), size, size)
+    moved_3SHW = torch.zeros(3, len(depth_S), size, size, device=depth_S.device)
     for points, largest in ((4, 12.0), (7, 5.0)):
-        drawn = torch.from_numpy(rng.normal(0, rng.uniform(0, largest), (2, 3, points, points))).float()
+        drawn = _float32(rng.normal(0, rng.uniform(0, largest), (2, 3, points, points)), depth_S.device)
         here, slope = F.interpolate(drawn, (size, size), mode="bicubic", align_corners=True)
         moved_3SHW += here[:, None] + slope[:, None] * (depth_S / 60)[:, None, None]
     return moved_3SHW
@@ -363,6 +371,8 @@ def _signals(codes: Sequence[int], contrast: str, rng: Generator, wild: float) -
     else:
         alike, own = rng.normal(0, rng.uniform(0.05, 0.22), len(TISSUES))[TWINS][codes], rng.normal(0, 0.04, len(codes))
         drawn = tissue_signal(rng, contrast, varied=True)[codes] * np.exp(alike + own)
+        if contrast == "mr_t1ce" and rng.random() < _EXCRETION:  # bright, or dark where the medium is too dense
+            drawn = np.where(np.isin(codes, _URINE), drawn.max() * rng.uniform(0, 1.3), drawn)
         if contrast == "mr_t2" and rng.random() < _IRON:
             drawn = np.where(np.isin(codes, _IRON_IN[rng.integers(2)]), drawn * rng.uniform(0.2, 1), drawn)
     drawn[0] = 0
