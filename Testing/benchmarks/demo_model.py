@@ -1,7 +1,6 @@
 """Trains a demonstration model from data that may be shipped; the same command goes on where it was stopped.
 
-    m4oe train --phantoms -o PHANTOMS
-    python Testing/benchmarks/demo_model.py DATA -o OUT --init PHANTOMS/model.safetensors:mr_t1ce
+    python Testing/benchmarks/demo_model.py DATA -o OUT
     python Testing/benchmarks/demo_model.py DATA --score MODEL...
 
 DATA is a folder with the volumes and label maps named below; their licences are in the model's description. What came
