@@ -86,7 +86,7 @@ class M4oESegmentationWidget(Panel):
         self.worker = WorkerSection(ui, self.logic.client, self.onChanged)
         self.runs = RunSection(ui, lambda: self.parameters, self._start, self.onChanged, self.worker)
         self.batches = BatchSection(ui, self._choices, self.onChanged)
-        self.setupSection = SetupSection(ui, lambda: (self.onChanged(), self.enter()))  # a bundle brings models
+        self.setupSection = SetupSection(ui, lambda: (self.models.show(), self.onChanged()))  # a bundle brings models
 
     def stop(self) -> None:
         self.batches.stop()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -156,10 +156,19 @@ class Predictor:
             except RuntimeError as error:
                 if not _is_no_memory(error) or (batch == 1 and not self._may_leave_gpu):
                     raise
+        return self._on_cpu(*given)
+
+    @property
+    def left_gpu(self) -> bool:
+        """Whether it is on the CPU because the memory of the GPU did not even hold the model."""
+        return bool(self._notes)
+
+    @cached_property
+    def _on_cpu(self) -> Predictor:
         model, precision = self._asked
         on_cpu = Predictor(model, "cpu", precision)
         on_cpu._notes = (_NO_GPU_MEMORY,)
-        return on_cpu(*given)
+        return on_cpu
 
     @torch.inference_mode()
     def _segment(

@@ -120,6 +120,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--synthesise draws the label maps of a plan or of folders; leave out the other option")
     if options.add_modality and (options.phantoms or options.init or options.pretrain):
         raise ValueError("--add-modality trains on a plan or folders, from --model alone; leave out the other option")
+    if options.quick and options.preset != "small":
+        raise ValueError("--quick is a preset of its own; leave out --preset")
     if options.model and not options.add_modality:
         raise ValueError("--model is what --add-modality extends; to start from a model give --init MODEL:EXPERT")
 

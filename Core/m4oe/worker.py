@@ -153,7 +153,10 @@ class _Worker:
             progress("load", 0.0)
             while len(self._predictors) >= _WARM:
                 del self._predictors[next(iter(self._predictors))]
-            self._predictors[key] = self._load(path, device, precision)
+            predictor = self._load(path, device, precision)
+            if predictor.left_gpu:  # whose memory may be free again at the next request
+                return predictor
+            self._predictors[key] = predictor
         self._predictors[key] = self._predictors.pop(key)  # the last to go
         return self._predictors[key]
 

@@ -164,6 +164,8 @@ class ModelSection:
 
     def show(self) -> None:
         """Lists the installed models, and chooses the one of the parameters or the first."""
+        if self._parameters() is None:  # the scene is being closed
+            return
         self.specs, wanted = installedModels(), _nameOf(self._parameters().model)
         entries = {path: f"{spec.name} {spec.version}" for path, spec in self.specs.items()}
         paths = {_nameOf(path): path for path in self.specs}

@@ -657,6 +657,18 @@ def test_where_smaller_parts_do_not_help_the_cpu_does_it_and_that_is_told(
     assert chosen(a_ct())[1].warnings == said.warnings
 
 
+def test_the_cpu_that_stands_in_for_a_gpu_keeps_its_model(
+    tmp_path: Path, short_of_memory: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_predictor(tmp_path)
+    chosen, load, loads = Predictor(tmp_path / "tiny.safetensors", "auto", "float32"), module.load_model, []
+    monkeypatch.setattr(module, "load_model", lambda *given: loads.append(given) or load(*given))
+    for _ in range(2):
+        short_of_memory(2)
+        assert chosen(a_ct())[1].warnings[0] == module._NO_GPU_MEMORY
+    assert len(loads) == 1 and not chosen.left_gpu
+
+
 def test_a_gpu_that_was_named_is_not_left(predictor: Predictor, short_of_memory: Callable[[int], list[int]]) -> None:
     asked = short_of_memory(9)
     with pytest.raises(torch.OutOfMemoryError):
@@ -681,8 +693,9 @@ def test_a_model_that_the_gpu_cannot_hold_is_loaded_by_the_cpu_unless_that_gpu_w
         with pytest.raises(torch.OutOfMemoryError):
             Predictor(tmp_path / "tiny.safetensors", device)
     else:
-        report = Predictor(tmp_path / "tiny.safetensors", device)(a_ct())[1]
-        assert report.device == "cpu" and report.warnings[0] == module._NO_GPU_MEMORY
+        chosen = Predictor(tmp_path / "tiny.safetensors", device)
+        report = chosen(a_ct())[1]
+        assert chosen.left_gpu and report.device == "cpu" and report.warnings[0] == module._NO_GPU_MEMORY
 
 
 @pytest.mark.parametrize(

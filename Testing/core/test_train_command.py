@@ -287,6 +287,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys: Capt
     assert "it is a file; expected a folder" in capsys.readouterr().err
 
 
+def test_quick_and_another_preset_are_one_too_many(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["train", str(tmp_path), "--quick", "--preset", "paper", "-o", str(tmp_path / "run")]) == 2
+    assert "--quick is a preset of its own; leave out --preset" in capsys.readouterr().err
+
+
 def test_training_starts_from_an_expert_of_a_model(base: Path, tmp_path: Path, capsys: Captured) -> None:
     data = ["train", str(a_data_set(tmp_path / "set", "mr_t1ce")), "-o", str(tmp_path / "run")]
     assert main([*data, "--init", f"{base / 'model.safetensors'}:mr_t1"]) == 0

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ from m4oe.jobs import Report
 from m4oe.worker import serve
 
 class StandIn:
+    left_gpu = False
+
     def __init__(self, path, device, precision):
         self.work = getattr(self, device)
 
@@ -338,6 +341,22 @@ def test_a_run_makes_no_temporary_file(model: Path, tmp_path: Path) -> None:
         client.segment(a_ct(), model=model, device="cpu", precision="float32")
     assert not list(folder.iterdir())
     assert folder.stat().st_mtime == 1  # nor one that was removed again
+
+
+def test_a_model_that_the_gpu_could_not_hold_is_tried_there_again(tmp_path: Path) -> None:
+    from m4oe import worker
+
+    loads, model = [], tmp_path / "a.safetensors"
+    model.touch()
+
+    def load(*given: Any) -> Any:
+        loads.append(given)
+        return SimpleNamespace(left_gpu=len(loads) == 1)
+
+    busy = worker._Worker(worker._Inbox(io.BytesIO()), io.BytesIO(), load)
+    for _ in range(3):
+        busy._predictor(model, "auto", "auto", lambda phase, fraction: None)
+    assert len(loads) == 2
 
 
 def test_a_model_that_was_replaced_is_loaded_again(other_python: Client, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ..modality import modality_evidence
 from ..resample import CanonicalVolume
 from ..spec import IntensityRule, ModelSpec
 from .body import TISSUES
-from .cases import CaseFiles, on_grid, read_labels, whole_planes
+from .cases import CaseFiles, expert_of, on_grid, read_labels, whole_planes
 from .data import annotated_classes
 from .dome import GOES_ON, continue_upwards
 
@@ -120,7 +120,7 @@ def load_atlas(case: CaseFiles, spec: ModelSpec, weight: float = 1.0) -> Atlas:
         labels = on_grid(labels, image.grid)
     labels = replace(labels, array=np.stack([plane.astype(np.int64) for plane in whole_planes(labels.array)]))
     atlas = make_atlas(labels, case.labels, case.annotated, spec, image, case.case, weight)
-    return replace(atlas, expert=case.expert or "mr") if image and case.modality == "MR" else atlas
+    return replace(atlas, expert=expert_of(case)) if image and case.modality == "MR" else atlas
 
 
 def make_atlas(

@@ -62,6 +62,11 @@ class CaseFiles:
     split: str | None = None
 
 
+def expert_of(case: CaseFiles) -> str:
+    """The expert that a case trains: the one that it names, else that of its modality."""
+    return case.expert or (case.modality or "").lower()
+
+
 @dataclass(frozen=True)
 class DataSet:
     """Cases with one origin.

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..files import atomic_write
 from ..labels import ancestry, catalogue
-from .cases import CaseFiles, DataSet, Finding
+from .cases import CaseFiles, DataSet, Finding, expert_of
 from .check import CaseReport
 from .datasets import overlaps
 
@@ -130,11 +130,6 @@ def make_plan(
     if not plan.cases("train"):
         raise ValueError(f"no labelled case is left for training; {_why_none(plan)}")
     return plan, [*findings, *_remarks(plan, drawn)]
-
-
-def expert_of(case: CaseFiles) -> str:
-    """The expert that a case trains: the one that it names, else that of its modality."""
-    return case.expert or (case.modality or "").lower()
 
 
 def check_experts(cases: Iterable[CaseFiles]) -> None:

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from ..spec import ExpertSpec, IntensityRule, ModelSpec
 from .atlas import Atlas, load_atlas, negative_atlas
 from .cache import CaseSource, build_cache
-from .cases import CaseFiles, load_case
+from .cases import CaseFiles, expert_of, load_case
 from .config import TrainConfig, addition_stages
 from .loop import TrainingData
 from .phantom import MODALITIES
-from .plan import Plan, check_experts, expert_of
+from .plan import Plan, check_experts
 
 _INTENSITY = {"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 0.5, 99.5)}
 _NEGATIVES, _NEGATIVE_SHARE = 6, 0.06  # bodies without structures, and how often they are drawn
