@@ -511,11 +511,21 @@ def test_kidneys_and_bladder_excrete_contrast_medium_on_mr_too() -> None:
 def test_organs_change_size_and_place() -> None:
     grid = torch.stack(torch.meshgrid(torch.zeros(3), *2 * [torch.arange(-40.0, 41, 4)], indexing="ij"))
     organ = np.array([[0.0, 0.0, 0.0, 15.0]], np.float32)
-    moved = [synthesis._organs_changed(grid, organ, np.random.default_rng(seed)) - grid for seed in range(40)]
+    how = synthesis._ORGANS
+    moved = [synthesis._organs_changed(grid, organ, how, np.random.default_rng(seed)) - grid for seed in range(40)]
     centre = torch.stack([change[:, 0, 10, 10] for change in moved])
-    assert (centre.abs() <= torch.tensor(synthesis._MOVED_MM) + 1e-4).all()
+    assert (centre.abs() <= torch.tensor(how[1]) + 1e-4).all()
     assert (centre.std(0) > 1).all()
     assert max(float(change[:, 0, 0, 0].abs().max()) for change in moved) < 1  # far away nothing moves
+
+
+def test_large_organs_alone_have_parts_that_change_by_themselves() -> None:
+    organs = np.array([[5.0, 50.0, 60.0, 70.0], [0.0, 0.0, 0.0, 20.0]], np.float32)
+    parts = np.concatenate([synthesis._lobes(organs, np.random.default_rng(seed)) for seed in range(40)])
+    away = np.linalg.norm(parts[:, :3] - organs[0, :3], axis=1)
+    assert parts.shape == (40, 4) and np.allclose(parts[:, 3], 42)
+    assert away.min() > 25 and away.max() < 95 and np.std(parts[:, 2]) > 15
+    assert synthesis._lobes(organs[1:], np.random.default_rng(0)).shape == (0, 4)
 
 
 def test_an_mr_case_without_an_expert_belongs_to_that_of_its_modality(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ _BANK = 1 << 21
 _PARTS = 0.3  # share of images that show part of the body, as parts of a large slice do
 _PART, _MIDDLE = 0.2, 0.03  # how far their middle lies from the body's, in crops
 _DIM = 0.3  # share of MR images that are dimmer than their volume, far from the coils or without fluid
-_MOVED = (0.6, 0.2, 0.2)  # of an organ's radius, upwards and in the plane: kidneys may lie high or low beside the liver
-_MOVED_MM = (35.0, 15.0, 15.0)  # at most
+_ORGANS = ((0.6, 0.2, 0.2), (35.0, 15.0, 15.0))  # how far they move, upwards and in the plane: of the radius, most mm
+_LOBES = ((0.2, 0.6, 0.6), (15.0, 45.0, 45.0))  # the same of parts of organs: left lobes of the liver end anywhere
+_LARGE_MM = 30.0  # radius from which on an organ has such parts
 _WILD = 0.05  # share of MR images whose tissues have any signal
 _AGAIN = 0.3  # share of an MR expert's images of a body whose own image is that expert's, that look like it
 _EXCRETION = 0.25  # share of images with contrast medium that the kidneys excrete, after the portal phase
@@ -166,7 +167,9 @@ class Synthesiser:
         spread = self.crop * (_PART if rng.random() < _PARTS else _MIDDLE)
         centre = np.array([_slice(atlas, rng), *(shape[1:] / 2 + rng.normal(0, spread, 2))]) * spacing
         moved_3SHW += _float32(centre, self.device)[:, None, None, None]
-        moved_3SHW = _organs_changed(moved_3SHW, _near(atlas.places_M4, centre[0]), rng)
+        near_M4 = _near(atlas.places_M4, centre[0])
+        moved_3SHW = _organs_changed(moved_3SHW, near_M4, _ORGANS, rng)
+        moved_3SHW = _organs_changed(moved_3SHW, _lobes(near_M4, rng), _LOBES, rng)
         moved_3SHW += _bent(coarse, depth_S, rng)
         voxels_S3HW = (moved_3SHW / _float32(spacing, self.device)[:, None, None, None]).transpose(0, 1)
         full = F.interpolate(voxels_S3HW, scale_factor=_COARSE, mode="bilinear", align_corners=False)
@@ -291,15 +294,28 @@ def _near(places_M4: NDArray[np.float32], depth: float) -> NDArray[np.float32]:
     return places_M4[abs(places_M4[:, 0] - depth) < 2.5 * places_M4[:, 3]]
 
 
-def _organs_changed(place_3SHW: Tensor, places_M4: NDArray[np.float32], rng: Generator) -> Tensor:
+def _lobes(places_M4: NDArray[np.float32], rng: Generator) -> NDArray[np.float32]:
+    """A part of each large structure, somewhere around its middle."""
+    large_M4 = places_M4[places_M4[:, 3] > _LARGE_MM]
+    way_M3 = rng.normal(size=(len(large_M4), 3))
+    way_M3 *= rng.uniform(0.4, 1.3, (len(large_M4), 1)) / np.linalg.norm(way_M3, axis=1, keepdims=True)
+    return np.column_stack([large_M4[:, :3] + way_M3 * large_M4[:, 3:], 0.6 * large_M4[:, 3]]).astype(np.float32)
+
+
+def _organs_changed(
+    place_3SHW: Tensor,
+    places_M4: NDArray[np.float32],
+    moved: tuple[tuple[float, ...], tuple[float, ...]],
+    rng: Generator,
+) -> Tensor:
     """Each structure a little larger or smaller along each axis and moved, fading out around it."""
     count, device = len(places_M4), place_3SHW.device
     if count == 0:
         return place_3SHW
     radius_M1 = places_M4[:, 3:].clip(min=8)
     grow_M3 = _float32(rng.normal(0, 0.2, (count, 3)).clip(-0.35, 0.45), device)
-    most = np.array(_MOVED_MM)
-    shift_M3 = _float32((rng.normal(0, _MOVED, (count, 3)) * radius_M1).clip(-most, most), device)
+    share, most = moved[0], np.array(moved[1])
+    shift_M3 = _float32((rng.normal(0, share, (count, 3)) * radius_M1).clip(-most, most), device)
     from_centre_M3SHW = place_3SHW - _float32(places_M4[:, :3], device)[..., None, None, None]
     radius_M = _float32(radius_M1[:, 0], device)
     weight_M1SHW = (
