@@ -141,8 +141,8 @@ def demo_config(length: float, mixture: bool) -> TrainConfig:
     """The stages, `length` times as long; from a mixture on without the first."""
     stages = (
         Stage("dense", 7000, 1e-3, balance=0.35),
-        Stage("experts", 12000, 6e-4, balance=0.35),
-        Stage("experts", 5000, 3e-4, balance=0.15),
+        Stage("experts", 11000, 6e-4, balance=0.35),
+        Stage("experts", 4500, 3e-4, balance=0.15),
         Stage("gate", 600, 2e-3),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])
