@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
+import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 NAME = "M4oE Segment"
 
@@ -65,10 +69,35 @@ def segment_batch(options: argparse.Namespace) -> int:
     source = options.inputTable or options.inputFolder  # Slicer's panel always names some folder
     if not (source and options.outputFolder):
         raise ValueError("a batch needs an input folder (or table) and an output folder: choose both")
-    words = ["segment", source, "-o", options.outputFolder, "--resume", "--preview"]
+    words = ["segment", source, "-o", options.outputFolder, "--resume", "--preview", "--json"]
     words += ["--model", options.model, "--expert", options.expert]
     words += ["--device", options.device, "--quality", options.quality]
-    return main([*words, *(["--structures", options.structures] if options.structures else [])])
+    with redirect_stdout(BatchProgress(sys.stdout)):
+        return main([*words, *(["--structures", options.structures] if options.structures else [])])
+
+
+class BatchProgress(io.TextIOBase):
+    """Turns the events of `m4oe segment --json` into Slicer's progress."""
+
+    def __init__(self, slicer: TextIO) -> None:
+        self.slicer, self.number, self.cases = slicer, 1, 1
+
+    def write(self, text: str) -> int:
+        """Takes a line, whose end comes by itself."""
+        event = json.loads(text) if text.strip() else {"event": ""}
+        match event["event"]:
+            case "case":
+                self.number, self.cases = event["number"], event["of"]
+                self._show(0)
+            case "progress" if event["phase"] == "segment":
+                self._show(event["fraction"])
+            case "end":
+                tell("segment", 1, self.slicer)
+                print("{done} done, {skipped} skipped, {failed} failed".format(**event), file=self.slicer, flush=True)
+        return len(text)
+
+    def _show(self, fraction: float) -> None:
+        tell("segment", (self.number - 1 + fraction) / self.cases, self.slicer)
 
 
 def segment(options: argparse.Namespace) -> int:
@@ -96,10 +125,10 @@ def segment(options: argparse.Namespace) -> int:
     return 0
 
 
-def tell(phase: str, fraction: float) -> None:
+def tell(phase: str, fraction: float, slicer: TextIO | None = None) -> None:
     """Progress of the phase that takes the time."""
     if phase == "segment":
-        print(f"<filter-progress>{fraction:.3f}</filter-progress>", flush=True)
+        print(f"<filter-progress>{fraction:.3f}</filter-progress>", file=slicer, flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
 
 
+def fractions(printed: str) -> list[float]:
+    return [float(text) for text in re.findall("<filter-progress>(.*)</filter-progress>", printed)]
+
+
 def test_the_script_segments_a_phantom(tmp_path: Path) -> None:
     phantom = make_phantom(2026, "ct")
     write_volume(tmp_path / "in.nrrd", phantom.image)
@@ -76,25 +80,28 @@ def test_the_script_segments_a_phantom(tmp_path: Path) -> None:
     assert labels.grid.is_close(phantom.image.grid) and np.count_nonzero(np.unique(labels.array)) == 2
     names = [line.split(",")[1] for line in table.read_text(encoding="utf-8").splitlines()]
     assert names[0] == "Name" and sorted(names[1:]) == ["Liver", "Spleen"]
-    fractions = [float(text) for text in re.findall("<filter-progress>(.*)</filter-progress>", done.stdout)]
-    assert fractions == sorted(fractions) and fractions[-1] == pytest.approx(1)
+    shown = fractions(done.stdout)
+    assert shown == sorted(shown) and shown[-1] == pytest.approx(1)
     assert "<filter-start>" in done.stdout and "<filter-end>" in done.stdout
 
 
 def test_the_script_segments_a_folder_where_one_bad_case_stops_nothing(model: Path, tmp_path: Path) -> None:
     saved(tmp_path / "in" / "a.nrrd")
+    saved(tmp_path / "in" / "c.nrrd")
     bad = tmp_path / "in" / "b.nrrd"
     bad.write_bytes(b"?")
     out = tmp_path / "out"
     wanted = ["--output-folder", out, "--model", model, "--device", "cpu", "--structures", "liver,spleen"]
     done = run("--batch", "--input-folder", tmp_path / "in", *wanted)
-    assert done.returncode == 1 and "b.nrrd" in done.stderr and "1 done, 0 skipped, 1 failed" in done.stdout
+    assert done.returncode == 1 and "b.nrrd" in done.stderr and "2 done, 0 skipped, 1 failed" in done.stdout
+    shown = fractions(done.stdout)
+    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 1 and len(set(shown)) > 3
     assert {"a.seg.nrrd", "a.png", "volumes.csv", "volumes.json", "log.txt"} <= {path.name for path in out.iterdir()}
     assert "<filter-end>" not in done.stdout
     assert list(reports(out)["a"]["volumes_ml"]) == ["liver", "spleen"]
     bad.unlink()
     again = run("--batch", "--input-folder", tmp_path / "in", *wanted)
-    assert again.returncode == 0 and "0 done, 1 skipped" in again.stdout and "<filter-end>" in again.stdout
+    assert again.returncode == 0 and "0 done, 2 skipped" in again.stdout and "<filter-end>" in again.stdout
 
 
 def test_a_table_goes_before_the_folder_that_slicer_names_anyway(model: Path, tmp_path: Path) -> None:
