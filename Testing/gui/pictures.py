@@ -133,10 +133,12 @@ def numpy_replaced() -> Iterator[None]:
     """The worker takes numpy from a folder outside of what it believes to be Slicer."""
     import numpy
 
-    with tempfile.TemporaryDirectory(prefix="m4oe-") as place:
+    with tempfile.TemporaryDirectory(prefix="m4oe-") as folder:
+        place = Path(folder, "packages")
+        place.mkdir()
         for path in Path(numpy.__file__).parents[1].glob("numpy*"):
-            Path(place, path.name).symlink_to(path)
-        paths = os.pathsep.join([place, os.environ.get("PYTHONPATH", "")])
+            (place / path.name).symlink_to(path)
+        paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
         with patch.dict(os.environ, {"SLICER_HOME": sys.prefix, "PYTHONPATH": paths}):
             yield
 
@@ -152,7 +154,9 @@ def bundles(panel: Any, folder: Path) -> None:
         bundle.make_bundle(path)
     with patch.object(qt.QFileDialog, "getOpenFileName", lambda *given: str(path)):
         report(panel, panel.ui.bundleButton, folder / "panel-bundle.png")
-        os.truncate(path, 100_000)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 255
+        path.write_bytes(data)
         report(panel, panel.ui.bundleButton, folder / "panel-bundle-damaged.png", f"{place}/")
 
 
@@ -209,7 +213,7 @@ def frames(panel: Any, node: Any, path: Path) -> None:
     panel.ui.allFramesCheckBox.checked = True
     panel.ui.applyButton.click()
     settle(lambda: panel.ui.statusLabel.text.startswith("Frame 2 of 3: Segmenting, "), 300)
-    photograph(panel, path, ["outputs"])
+    photograph(panel, path, ["inputs", "outputs"])
     panel.ui.cancelButton.click()
     settle(lambda: panel.runs.run is None, 60)
 
@@ -219,6 +223,7 @@ def photograph(panel: Any, path: Path, sections: list[str], message: str = "") -
     for name, button in vars(panel.ui).items():
         if name.endswith("CollapsibleButton"):
             button.collapsed = name.removesuffix("CollapsibleButton") not in sections
+    panel.showState()  # hides what the stand-in for a section shows with all else in it
     panel.parent.show()
     for _ in range(5):
         panel.parent.resize(_WIDTH, panel.parent.minimumSizeHint().height())
