@@ -102,6 +102,10 @@ def elsewhere(panel: Any, folder: Path) -> None:
         panel.worker.save()
         if place != "slicer":
             photograph(panel, folder / f"panel-{place}.png", ["advanced"])
+        if place == "ssh":
+            panel.ui.applyButton.click()
+            settle(lambda: panel.runs.run is None, 60)
+            photograph(panel, folder / "panel-ssh-failed.png", ["advanced"], conftest.DIALOGS.errors[-1])
 
 
 @contextmanager
