@@ -103,7 +103,7 @@ def elsewhere(panel: Any, folder: Path) -> None:
         if place != "slicer":
             photograph(panel, folder / f"panel-{place}.png", ["advanced"])
         if place == "ssh":
-            panel.ui.applyButton.click()
+            ui.applyButton.click()
             settle(lambda: panel.runs.run is None, 60)
             photograph(panel, folder / "panel-ssh-failed.png", ["advanced"], conftest.DIALOGS.errors[-1])
 
@@ -116,17 +116,17 @@ def worker_without_torch(panel: Any) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="m4oe-") as modules:
         Path(modules, "torch.py").write_text("raise ImportError('No module named torch')", encoding="utf-8")
         with Client(worker_command(), {**os.environ, "PYTHONPATH": modules}) as client:
-            panel.logic._client = client
+            panel.logic._client, panel.logic._command = client, None  # whatever the settings name
             yield
     panel.logic._client = None
 
 
-def report(panel: Any, button: Any, path: Path, hidden: str = "/") -> None:
-    """What is said once the button has been pressed, in its whole length; a hidden folder is shown as /data."""
+def report(panel: Any, button: Any, path: Path, place: Path = Path("/data")) -> None:
+    """What is said once the button has been pressed, in its whole length, with /data in the stead of a place."""
     button.click()
     settle(lambda: panel.setupSection.process is None, 300)
     text = panel.ui.doctorText
-    text.setPlainText(text.plainText.replace(hidden, "/data/" if hidden != "/" else hidden))
+    text.setPlainText(text.plainText.replace(str(place), "/data"))
     photograph(panel, path, ["setup"])  # only now it is wrapped to its width
     text.setMinimumHeight(round(text.document().size.height() + 1) * text.fontMetrics().lineSpacing())
     photograph(panel, path, ["setup"])
@@ -161,7 +161,7 @@ def bundles(panel: Any, folder: Path) -> None:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
-        report(panel, panel.ui.bundleButton, folder / "panel-bundle-damaged.png", f"{place}/")
+        report(panel, panel.ui.bundleButton, folder / "panel-bundle-damaged.png", place)
 
 
 def batch(panel: Any, volume: Any, folder: Path) -> None:

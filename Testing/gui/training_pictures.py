@@ -132,7 +132,7 @@ def swap_sides(panel: Any, source: str) -> None:
 
 
 def draw_on_scene(source: str) -> None:
-    """Loads the first case into the scene with some of its structures and one that has a name of nobody's."""
+    """Loads the first case into the scene with some of its structures, one of them under a name that none has."""
     from m4oe.files import read_volume
 
     names = {"liver": "Liver", "spleen": "Spleen", "stomach": "Magen"}
