@@ -64,6 +64,7 @@ class Batch:
         table.setColumnCount(2)
         table.setHorizontalHeaderLabels([_("Case"), _("Result")])
         table.horizontalHeader().setStretchLastSection(True)
+        table.setTextElideMode(qt.Qt.ElideMiddle)  # series of one study differ at the end of their UID alone
         self._rows: dict[str, int] = {}
         self._tableName = Path(source).stem if Path(source).suffix.lower() == ".csv" else ""
         self._number, self._of, self._case, self._complete = 0, 1, "", False
@@ -127,10 +128,10 @@ class Batch:
         if case not in self._rows:
             self._rows[case] = self._table.rowCount
             self._table.setRowCount(self._table.rowCount + 1)
-            self._table.setItem(self._rows[case], 0, qt.QTableWidgetItem(case))
-        item = qt.QTableWidgetItem(text)
-        item.setToolTip(text)
-        self._table.setItem(self._rows[case], 1, item)
+        for column, words in enumerate((case, text)):
+            item = qt.QTableWidgetItem(words)
+            item.setToolTip(words)
+            self._table.setItem(self._rows[case], column, item)
 
 
 class BatchSection:

@@ -108,8 +108,10 @@ def showDevices(selector: Any, devices: Sequence[Any], chosen: str) -> None:
     selector.clear()
     selector.addItem(_("Automatic"), "auto")
     for device in devices:
-        text = _("{name}, {free:.1f} GB free").format(name=device.description, free=device.free_mib / 1024)
+        name = device.description.partition(", as ")[0]  # why it is the CPU would leave no room for the memory
+        text = _("{name}, {free:.1f} GB free").format(name=name, free=device.free_mib / 1024)
         selector.addItem(text, device.name)
+        selector.setItemData(selector.count - 1, device.description, qt.Qt.ToolTipRole)
     if selector.findData(chosen) < 0:
         selector.addItem(chosen, chosen)
     selector.currentIndex = selector.findData(chosen)

@@ -1,18 +1,22 @@
 """Makes the pictures of the user guide from a real run: `python Testing/gui/pictures.py CT.nii.gz Docs/pictures`.
 
-CT.nii.gz may also be a folder with a DICOM series. The doctor's picture shows HOME and what proxies are set.
+CT.nii.gz may also be a folder with a DICOM series, of which there is one picture more. The doctor's pictures show what
+proxies and certificates are set.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -33,8 +37,10 @@ def main(source: str, target: str) -> None:
     folder = Path(target)
     qt.QSettings.setDefaultFormat(qt.QSettings.IniFormat)
     qt.QSettings.setPath(qt.QSettings.IniFormat, qt.QSettings.UserScope, tempfile.mkdtemp(prefix="m4oe-"))
+    os.environ["M4OE_MODELS"] = tempfile.mkdtemp(prefix="m4oe-") + "/models"
     without_a_model(folder / "panel-no-model.png")
     panel = open_module(conftest.ROOT / "M4oESegmentation" / "M4oESegmentation.py")
+    photograph(panel, folder / "panel-no-volume.png", ["inputs"])
     volume = read_volume(source)
     node = slicer.util.addVolumeFromArray(volume.array, ijkToRAS=volume.grid.affine, name="CT")
     node.GetDisplayNode().SetAutoWindowLevel(False)
@@ -43,6 +49,7 @@ def main(source: str, target: str) -> None:
     structures = panel.ui.structureList
     structures.setMinimumHeight(structures.sizeHintForRow(0) * structures.count + 2 * structures.frameWidth)
     photograph(panel, folder / "panel-start.png", ["inputs", "structures", "outputs", "advanced"])
+    elsewhere(panel, folder)
     with worker_without_torch(panel):
         panel.ui.applyButton.click()
         settle(lambda: panel.runs.run is None, 60)
@@ -62,13 +69,14 @@ def main(source: str, target: str) -> None:
     settle(lambda: panel.runs.run is None, 600)
     photograph(panel, folder / "panel-result.png", ["results"])
     views(panel.parameters.result, node, folder)
-    panel.ui.doctorButton.click()
-    settle(lambda: panel.setupSection.process is None, 300)
-    photograph(panel, folder / "panel-doctor.png", ["setup"])
-    text = panel.ui.doctorText  # wrapped to its width by now
-    text.setMinimumHeight(round(text.document().size.height() + 1) * text.fontMetrics().lineSpacing())
-    photograph(panel, folder / "panel-doctor.png", ["setup"])
-    batch(panel, volume, folder / "panel-batch.png")
+    report(panel, panel.ui.doctorButton, folder / "panel-doctor.png")
+    with numpy_replaced():
+        report(panel, panel.ui.doctorButton, folder / "panel-doctor-problem.png")
+    bundles(panel, folder)
+    batch(panel, volume, folder)
+    if Path(source).is_dir():
+        dicom(panel, Path(source), folder / "panel-batch-dicom.png")
+    frames(panel, node, folder / "panel-frames.png")
     panel.cleanup()
 
 
@@ -85,6 +93,21 @@ def without_a_model(path: Path) -> None:
     spec.model_folders = folders
 
 
+def elsewhere(panel: Any, folder: Path) -> None:
+    """The other places where a worker can run, and Slicer's Python again."""
+    ui = panel.ui
+    for place, python, host in (("python", "/opt/m4oe/bin/python", ""), ("ssh", "", "anna@gpu1"), ("slicer", "", "")):
+        ui.workerSelector.currentIndex = ui.workerSelector.findData(place)
+        ui.pythonPathEdit.currentPath, ui.hostEdit.text = python, host
+        panel.worker.save()
+        if place != "slicer":
+            photograph(panel, folder / f"panel-{place}.png", ["advanced"])
+        if place == "ssh":
+            ui.applyButton.click()
+            settle(lambda: panel.runs.run is None, 60)
+            photograph(panel, folder / "panel-ssh-failed.png", ["advanced"], conftest.DIALOGS.errors[-1])
+
+
 @contextmanager
 def worker_without_torch(panel: Any) -> Iterator[None]:
     """The panel's worker cannot import torch, and is another one afterwards."""
@@ -93,13 +116,56 @@ def worker_without_torch(panel: Any) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="m4oe-") as modules:
         Path(modules, "torch.py").write_text("raise ImportError('No module named torch')", encoding="utf-8")
         with Client(worker_command(), {**os.environ, "PYTHONPATH": modules}) as client:
-            panel.logic._client = client
+            panel.logic._client, panel.logic._command = client, None  # whatever the settings name
             yield
     panel.logic._client = None
 
 
-def batch(panel: Any, volume: Any, path: Path) -> None:
-    """A batch of parts of the volume and a damaged file, photographed in the midst of the third case."""
+def report(panel: Any, button: Any, path: Path, place: Path = Path("/data")) -> None:
+    """What is said once the button has been pressed, in its whole length, with /data in the stead of a place."""
+    button.click()
+    settle(lambda: panel.setupSection.process is None, 300)
+    text = panel.ui.doctorText
+    text.setPlainText(text.plainText.replace(str(place), "/data"))
+    photograph(panel, path, ["setup"])  # only now it is wrapped to its width
+    text.setMinimumHeight(round(text.document().size.height() + 1) * text.fontMetrics().lineSpacing())
+    photograph(panel, path, ["setup"])
+
+
+@contextmanager
+def numpy_replaced() -> Iterator[None]:
+    """The worker takes numpy from a folder outside of what it believes to be Slicer."""
+    import numpy
+
+    with tempfile.TemporaryDirectory(prefix="m4oe-") as folder:
+        place = Path(folder, "packages")
+        place.mkdir()
+        for path in Path(numpy.__file__).parents[1].glob("numpy*"):
+            (place / path.name).symlink_to(path)
+        paths = os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+        with patch.dict(os.environ, {"SLICER_HOME": sys.prefix, "PYTHONPATH": paths}):
+            yield
+
+
+def bundles(panel: Any, folder: Path) -> None:
+    """A bundle of one model, and no packages, as these are there; then the same one damaged."""
+    from m4oe import bundle
+
+    place = Path(tempfile.mkdtemp(prefix="m4oe-"))
+    path = place / "M4oE.zip"
+    shutil.copyfile(panel.models.model, place / "abdomen_mr.safetensors")
+    with patch.object(bundle, "_download"), patch.dict(os.environ, {"M4OE_MODELS": str(place)}):
+        bundle.make_bundle(path)
+    with patch.object(qt.QFileDialog, "getOpenFileName", lambda *given: str(path)):
+        report(panel, panel.ui.bundleButton, folder / "panel-bundle.png")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 255
+        path.write_bytes(data)
+        report(panel, panel.ui.bundleButton, folder / "panel-bundle-damaged.png", place)
+
+
+def batch(panel: Any, volume: Any, folder: Path) -> None:
+    """A batch of parts of the volume and a damaged file, in the midst of the third case and stopped there."""
     from m4oe.files import write_volume
     from m4oe.geometry import Grid, Volume
 
@@ -115,9 +181,45 @@ def batch(panel: Any, volume: Any, path: Path) -> None:
     ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath = "/data/abdomen", "/data/results"
     failed = ui.batchTable.item(1, 1)
     failed.setText(failed.text().replace(str(cases), "/data/abdomen"))
-    photograph(panel, path, ["batch"])
+    photograph(panel, folder / "panel-batch.png", ["batch"])
     ui.batchStopButton.click()
     settle(lambda: panel.batches.batch is None, 60)
+    photograph(panel, folder / "panel-batch-stopped.png", ["batch"])
+
+
+def dicom(panel: Any, source: Path, path: Path) -> None:
+    """A batch of a series that is selected in the DICOM browser, for which a stand-in answers."""
+    from pydicom import dcmread
+
+    files = [str(file) for file in sorted(source.glob("*.dcm"))]
+    uid, ui = str(dcmread(files[0]).SeriesInstanceUID), panel.ui
+    manager = SimpleNamespace(currentSeriesSelection=lambda: (uid,))
+    browser = SimpleNamespace(dicomBrowser=SimpleNamespace(dicomTableManager=lambda: manager))
+    representation = SimpleNamespace(self=lambda: SimpleNamespace(browserWidget=browser))
+    slicer.modules.dicom = SimpleNamespace(widgetRepresentation=lambda: representation)
+    slicer.dicomDatabase = SimpleNamespace(filesForSeries=lambda series: files)
+    ui.batchDicomButton.click()
+    ui.batchOutputEdit.currentPath = tempfile.mkdtemp(prefix="m4oe-")
+    ui.batchStartButton.click()
+    settle(lambda: panel.batches.batch is None, 300)
+    ui.batchInputEdit.currentPath, ui.batchOutputEdit.currentPath = "/data/m4oe-x1y2z3/batch.csv", "/data/results"
+    photograph(panel, path, ["batch"])
+
+
+def frames(panel: Any, node: Any, path: Path) -> None:
+    """The second of three frames of a sequence under way."""
+    sequence = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceNode", "frames")
+    for number in range(3):
+        sequence.SetDataNodeAtValue(node, str(number))
+    browser = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSequenceBrowserNode", "browser")
+    browser.SetAndObserveMasterSequenceNodeID(sequence.GetID())
+    browser.AddProxyNode(node, sequence, False)
+    panel.ui.allFramesCheckBox.checked = True
+    panel.ui.applyButton.click()
+    settle(lambda: panel.ui.statusLabel.text.startswith("Frame 2 of 3: Segmenting, "), 300)
+    photograph(panel, path, ["inputs", "outputs"])
+    panel.ui.cancelButton.click()
+    settle(lambda: panel.runs.run is None, 60)
 
 
 def photograph(panel: Any, path: Path, sections: list[str], message: str = "") -> None:
@@ -125,6 +227,7 @@ def photograph(panel: Any, path: Path, sections: list[str], message: str = "") -
     for name, button in vars(panel.ui).items():
         if name.endswith("CollapsibleButton"):
             button.collapsed = name.removesuffix("CollapsibleButton") not in sections
+    panel.showState()  # hides what the stand-in for a section shows with all else in it
     panel.parent.show()
     for _ in range(5):
         panel.parent.resize(_WIDTH, panel.parent.minimumSizeHint().height())

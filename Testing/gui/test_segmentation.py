@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -780,7 +781,8 @@ def test_devices_are_listed_with_their_free_memory(panel: Any) -> None:
     panel.ui.refreshDevicesButton.click()
     settle(lambda: panel.worker.job is None)
     texts = [panel.ui.deviceSelector.itemText(index) for index in range(panel.ui.deviceSelector.count)]
-    assert any(text.startswith("CPU") and text.endswith("GB free") for text in texts)
+    assert any(re.fullmatch(r"CPU, \d+ cores, [\d.]+ GB free", text) for text in texts)
+    assert panel.ui.deviceSelector.itemData(1, qt.Qt.ToolTipRole).startswith("CPU, ")
     panel.ui.deviceSelector.currentIndex = panel.ui.deviceSelector.findData("cpu")
     panel.ui.deviceSelector.activated.emit(1)
     apply(panel, add_volume())
@@ -1080,6 +1082,7 @@ def test_a_batch_of_five_with_one_bad_case(panel: Any, dialogs: Dialogs, five_ca
     settle(lambda: panel.batches.batch is None)
     assert panel.ui.batchStatusLabel.text == "0 done, 4 skipped, 1 failed"
     assert batch_table(panel)["case3"] == "skipped: done before"
+    assert panel.ui.batchTable.item(4, 0).toolTip() == "case3"
     assert [kind for kind, _ in dialogs.said] == []
 
 
