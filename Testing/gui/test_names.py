@@ -1,10 +1,8 @@
-"""Names that the panels and the stand-ins use are Slicer's: widgets.json has those of ctk and qMRML widgets, PySide6's
-meta-objects those of Qt."""
+"""Names of the stand-ins and in the .ui files are Slicer's, and the code keeps Slicer's manners."""
 
 from __future__ import annotations
 
 import ast
-import json
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -15,12 +13,9 @@ import pytest
 import qt
 import slicer
 from harness import application, ctk_widgets, qmrml_widgets
+from harness.names import ROOT, SOURCES, UI_FILES, all_names, names_of
 from PySide6 import QtCore, QtWidgets
 
-ROOT = Path(__file__).resolve().parents[2]
-WIDGETS = json.loads((Path(__file__).parent / "harness" / "widgets.json").read_text(encoding="utf-8"))
-MODULES = sorted(path for path in ROOT.glob("M4oE*/Resources/UI/*.ui"))
-SOURCES = sorted(path for folder in ROOT.glob("M4oE*") for path in folder.rglob("*.py"))
 STAND_INS = {
     **{cls.__name__: cls for cls in (*ctk_widgets.CLASSES, *qmrml_widgets.CLASSES)},
     "qSlicerApplication": application.Application,
@@ -30,48 +25,6 @@ STAND_INS = {
     "qSlicerCoreIOManager": application.IOManager,
 }
 OURS = {"stand_in", "signatures", "installed"}  # names of the harness itself
-
-
-def names_of(widget: str, kind: str) -> set[str]:
-    """Names of a class and of its bases, from the list or from Qt."""
-    if widget not in WIDGETS:
-        cls = getattr(QtWidgets, widget, None) or getattr(QtCore, widget)
-        meta = cls.staticMetaObject
-        if kind == "signals":
-            return {
-                bytes(meta.method(number).methodSignature()).decode()
-                for number in range(meta.methodCount())
-                if meta.method(number).methodType() == QtCore.QMetaMethod.MethodType.Signal
-            }
-        return set(dir(cls))
-    found = set(WIDGETS[widget][kind])
-    return found.union(*(names_of(base, kind) for base in WIDGETS[widget]["bases"] if base != "qSlicerObject"))
-
-
-def all_names(widget: str) -> set[str]:
-    signals = {signature.split("(")[0] for signature in names_of(widget, "signals")}
-    return names_of(widget, "methods") | names_of(widget, "properties") | signals
-
-
-def widget_classes(ui: Path) -> dict[str, str]:
-    """Class by name of the widgets in a .ui file."""
-    return {str(item.get("name")): str(item.get("class")) for item in ET.parse(ui).iter("widget")}
-
-
-ALL_WIDGETS = {name: cls for ui in MODULES for name, cls in widget_classes(ui).items()}
-
-
-def used_attributes() -> list[tuple[str, str, str]]:
-    """Widget, attribute and file of every self.ui.NAME.ATTRIBUTE or ui.NAME.ATTRIBUTE."""
-    found = []
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
-                holder = node.value.value
-                name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
-                if name == "ui":
-                    found.append((node.value.attr, node.attr, path.name))
-    return found
 
 
 @pytest.mark.parametrize("name", sorted(STAND_INS))
@@ -95,7 +48,7 @@ def test_properties_of_a_stand_in_are_known_to_qt(cls: Any) -> None:
     assert {key for key in declared if widget.metaObject().indexOfProperty(key) < 0} == set()
 
 
-@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ui", UI_FILES, ids=lambda path: path.stem)
 def test_a_ui_file_uses_only_properties_that_its_widgets_have(ui: Path) -> None:
     unknown = []
     for item in ET.parse(ui).iter("widget"):
@@ -105,7 +58,7 @@ def test_a_ui_file_uses_only_properties_that_its_widgets_have(ui: Path) -> None:
     assert unknown == []
 
 
-@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ui", UI_FILES, ids=lambda path: path.stem)
 def test_a_ui_file_names_enums_as_qt_5_can_read_them(ui: Path) -> None:
     """Designer of Qt 6 writes Qt::Orientation::Vertical, where the loader of Qt 5 knows Qt::Vertical alone."""
     named = [
@@ -114,37 +67,12 @@ def test_a_ui_file_names_enums_as_qt_5_can_read_them(ui: Path) -> None:
     assert named and [name for name in named if name.count("::") != 1] == []
 
 
-@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ui", UI_FILES, ids=lambda path: path.stem)
 def test_every_node_selector_gets_the_scene(ui: Path) -> None:
     tree = ET.parse(ui)
     selectors = {str(item.get("name")) for item in tree.iter("widget") if item.get("class") == "qMRMLNodeComboBox"}
     connected = {entry.findtext("receiver") for entry in tree.iter("connection")}
     assert selectors <= connected
-
-
-def test_the_code_uses_only_widgets_of_the_ui_files_and_their_names() -> None:
-    used = used_attributes()
-    assert len(used) > 50
-    assert [(widget, file) for widget, _, file in used if widget not in ALL_WIDGETS] == []
-    unknown = [
-        (widget, name, file) for widget, name, file in used if name not in all_names(ALL_WIDGETS[widget]) | {"name"}
-    ]
-    assert unknown == []
-
-
-def test_signals_are_connected_by_signatures_that_exist() -> None:
-    connected = []
-    for path in SOURCES:
-        connected += re.findall(r'ui\.(\w+)\.connect\("([^"]+)"', path.read_text(encoding="utf-8"))
-    assert len(connected) > 4
-    unknown = [(widget, text) for widget, text in connected if text not in names_of(ALL_WIDGETS[widget], "signals")]
-    assert unknown == []
-
-
-def test_what_the_segment_editor_is_asked_for_is_there() -> None:
-    [source] = [path for path in SOURCES if path.name == "Results.py"]
-    asked = re.findall(r"\beditor\.(\w+)\(", source.read_text(encoding="utf-8"))
-    assert asked and set(asked) <= names_of("qMRMLSegmentEditorWidget", "methods")
 
 
 def test_qt_and_ctk_constructors_get_no_keywords() -> None:
