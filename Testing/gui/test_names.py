@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
+import textwrap
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import qt
 import slicer
-from harness import application, ctk_widgets, qmrml_widgets
-from harness.names import ROOT, SOURCES, UI_FILES, all_names, names_of
-from PySide6 import QtCore, QtWidgets
+from harness import application, ctk_widgets, parameter_node, qmrml_widgets
+from harness.names import ROOT, SOURCES, UI_FILES, has, names_of
+from PySide6 import QtCore
 
 STAND_INS = {
     **{cls.__name__: cls for cls in (*ctk_widgets.CLASSES, *qmrml_widgets.CLASSES)},
@@ -23,17 +26,60 @@ STAND_INS = {
     "qSlicerLayoutManager": application.LayoutManager,
     "qSlicerExtensionsManagerModel": application.ExtensionsManagerModel,
     "qSlicerCoreIOManager": application.IOManager,
+    "vtkSlicerPlotsLogic": application._Plots,
+    "Default": parameter_node.Default,
+    **{cls.__name__: cls for cls in vars(slicer.ScriptedLoadableModule).values() if isinstance(cls, type)},
 }
-OURS = {"stand_in", "signatures", "installed"}  # names of the harness itself
+OURS = {"stand_in", "signatures", "installed", "shown"}  # names of the harness itself
 
 
 @pytest.mark.parametrize("name", sorted(STAND_INS))
 def test_a_stand_in_has_no_name_that_slicer_has_not(name: str) -> None:
     cls: Any = STAND_INS[name]
-    own = {key for base in cls.__mro__ if base.__module__.startswith("harness") for key in vars(base)}
-    own = {key for key in own if not key.startswith("_")} - OURS
-    qt_names = set(dir(QtWidgets.QWidget)) | set(dir(QtCore.QObject))
-    assert own - all_names(name) - qt_names == set()
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("harness")]
+    own = {key for base in bases for key in {*vars(base), *set_on_self(base)} if not key.startswith("_")} - OURS
+    assert bases and {key for key in own if not has(name, key)} == set()
+
+
+def set_on_self(cls: type) -> set[str]:
+    """Attributes that a class's methods give to its objects."""
+    nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+    found = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return {node.attr for node in found if ast.unparse(node.value) == "self"}
+
+
+def test_a_stand_in_of_a_module_in_python_has_no_name_that_slicer_has_not() -> None:
+    made = [name for name, module in sys.modules.items() if name.startswith("slicer.") and module.__spec__ is None]
+    own = [(name, key) for name in made for key in vars(sys.modules[name]) if not key.startswith("_")]
+    assert len(own) > 5
+    assert [pair for pair in own if not has(*pair)] == []
+
+
+def test_functions_that_the_harness_replaces_are_slicers() -> None:
+    tree = ast.parse(Path(str(slicer.util.__file__)).read_text(encoding="utf-8"))
+    slicers = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    found = {name: str(getattr(value, "__module__", "")) for name, value in vars(slicer.util).items()}
+    ours = {name for name, module in found.items() if module.startswith("harness")}
+    assert len(ours) > 5
+    assert ours - slicers == set()
+
+
+def test_a_wrapped_parameter_node_has_no_name_that_slicers_has_not() -> None:
+    @parameter_node.parameterNodeWrapper
+    class Wrapped:
+        text: str = ""
+
+    own = {*vars(Wrapped), *vars(Wrapped(slicer.vtkMRMLScriptedModuleNode()))} - {"text"}
+    assert "connectGui" in own
+    assert {name for name in own if not name.startswith("_") and not has("parameterNodeWrapper", name)} == set()
+
+
+def test_modules_have_no_name_that_slicers_have_not(open_panel: Callable[[str], Any]) -> None:
+    open_panel("M4oESegmentation")
+    modules = vars(slicer.modules)
+    assert [name for name in modules if not has("slicer.modules", name)] == []
+    own = {(name, key) for name, module in modules.items() for key in vars(module)}
+    assert {pair for pair in own if not has("qSlicerScriptedLoadableModule", pair[1])} == set()
 
 
 @pytest.mark.parametrize("name", [name for name, cls in STAND_INS.items() if hasattr(cls, "signatures")])
