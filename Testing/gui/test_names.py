@@ -159,16 +159,27 @@ def untranslated(path: Path) -> list[tuple[str, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in shown:
             found += [word for argument in node.args[: 1 + (len(node.args) > 2)] for word in words(argument)]
-        if isinstance(node, ast.Assign) and any(getattr(t, "attr", "") in ("text", "toolTip") for t in node.targets):
-            found += words(node.value)
+        if isinstance(node, ast.Assign):
+            targets = [part for target in node.targets for part in ast.walk(target)]
+            if any(getattr(target, "attr", "") in ("text", "toolTip") for target in targets):
+                found += words(node.value)
+        found += [word for entry in entries(node) for word in words(entry) if re.sub(r"{.*?}|\W", "", word)]
     return [(path.name, text) for text in found]
+
+
+def entries(node: ast.AST) -> list[ast.expr]:
+    """What a dictionary gets: mostly texts by the words of a command."""
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+        return [node.value]
+    items = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+    return [value for key, value in items if getattr(key, "value", "") != "PYTHONIOENCODING"]
 
 
 def words(node: ast.AST) -> list[str]:
     """Texts with letters in an expression, but for those that go through a call or a key."""
     if isinstance(node, ast.Constant):
         return [node.value] if isinstance(node.value, str) and re.search("[A-Za-z]", node.value) else []
-    if isinstance(node, (ast.Call, ast.Subscript, ast.Compare)):
+    if isinstance(node, (ast.Call, ast.Subscript, ast.Compare, ast.Dict)):  # whose entries are looked at on their own
         return []
     return [text for child in ast.iter_child_nodes(node) for text in words(child)]
 
