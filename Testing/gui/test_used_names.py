@@ -18,35 +18,42 @@ import numpy as np
 import slicer.util
 from harness.names import MODULES, PANELS, ROOT, SOURCES, WIDGETS, all_names, has, names_of, real
 
-# Classes that the code does not say: of parameters, of what methods return, of attributes, by the end of the words.
+CODE = [*SOURCES, *ROOT.glob("Testing/slicer/*.py")]  # all that runs in Slicer
+
+# Classes that the code does not say: of parameters, of attributes, of what methods return. A dot stands for any holder.
 TOLD = {
-    "": "",
     **{name: name for name in MODULES},
-    "app": "qSlicerApplication",
-    "layoutManager": "qSlicerLayoutManager",
-    "extensionsManagerModel": "qSlicerExtensionsManagerModel",
-    "clipboard": "QClipboard",
-    "mrmlScene": "vtkMRMLScene",
-    "dicomDatabase": "ctkDICOMDatabase",
+    ".app": "qSlicerApplication",
+    ".layoutManager": "qSlicerLayoutManager",
+    ".extensionsManagerModel": "qSlicerExtensionsManagerModel",
+    ".clipboard": "QClipboard",
+    ".mrmlScene": "vtkMRMLScene",
+    ".dicomDatabase": "ctkDICOMDatabase",
+    "database": "ctkDICOMDatabase",
     "slicer.modules": "slicer.modules",
-    "parent": "qSlicerScriptedLoadableModule",
-    **{panel.lower(): "qSlicerScriptedLoadableModule" for panel in PANELS},
-    "dicom": "qSlicerScriptedLoadableModule",
-    "segmenteditor": "qSlicerScriptedLoadableModule",
-    "plots": "qSlicerAbstractModule",
-    "sequences": "qSlicerAbstractModule",
-    "plots.logic": "vtkSlicerPlotsLogic",
-    "sequences.logic": "vtkSlicerSequencesLogic",
-    "widgetRepresentation": "qSlicerScriptedLoadableModuleWidget",
-    "dicom.widgetRepresentation().self": "DICOMWidget",
-    "browserWidget": "SlicerDICOMBrowser",
-    "dicomBrowser": "ctkDICOMBrowser",
-    "dicomTableManager": "ctkDICOMTableManager",
-    "segmenteditor.widgetRepresentation().self": "SegmentEditorWidget",
-    "segmenteditor.widgetRepresentation().self().editor": "qMRMLSegmentEditorWidget",
-    "examineForExport": "qSlicerDICOMExportable",
+    "slicer.cli": "slicer.cli",
     "packaging": "slicer.packaging",
-    "loadUI": "qMRMLWidget",
+    "parent": "qSlicerScriptedLoadableModule",
+    **{f".{panel.lower()}": "qSlicerScriptedLoadableModule" for panel in PANELS},
+    **{f".{panel.lower()}.createNewWidgetRepresentation().self().ui": panel for panel in PANELS},
+    ".dicom": "qSlicerScriptedLoadableModule",
+    ".segmenteditor": "qSlicerScriptedLoadableModule",
+    ".plots": "qSlicerAbstractModule",
+    ".sequences": "qSlicerAbstractModule",
+    ".plots.logic": "vtkSlicerPlotsLogic",
+    "sequences.logic": "vtkSlicerSequencesLogic",
+    ".sequences.logic": "vtkSlicerSequencesLogic",
+    ".widgetRepresentation": "qSlicerScriptedLoadableModuleWidget",
+    ".createNewWidgetRepresentation": "qSlicerScriptedLoadableModuleWidget",
+    ".dicom.widgetRepresentation().self": "DICOMWidget",
+    ".browserWidget": "SlicerDICOMBrowser",
+    ".dicomBrowser": "ctkDICOMBrowser",
+    ".dicomTableManager": "ctkDICOMTableManager",
+    ".segmenteditor.widgetRepresentation().self": "SegmentEditorWidget",
+    ".segmenteditor.widgetRepresentation().self().editor": "qMRMLSegmentEditorWidget",
+    ".examineForExport": "qSlicerDICOMExportable",
+    ".runSync": "vtkMRMLCommandLineModuleNode",
+    ".loadUI": "qMRMLWidget",
     "self.layout": "QVBoxLayout",
     "table": "QTableWidget",
     "selector": "QComboBox",
@@ -56,29 +63,30 @@ TOLD = {
     "searchBox": "ctkSearchBox",
     "presetSelector": "QComboBox",
     "table.item": "QTableWidgetItem",
-    "_list.item": "QListWidgetItem",
-    "horizontalHeader": "QHeaderView",
-    "verticalHeader": "QHeaderView",
-    "view": "QAbstractItemView",
-    "selectedItems": "QTableWidgetItem",
+    "self._list.item": "QListWidgetItem",
+    ".horizontalHeader": "QHeaderView",
+    ".verticalHeader": "QHeaderView",
+    ".view": "QAbstractItemView",
+    ".selectedItems": "QTableWidgetItem",
     "volumeNode": "vtkMRMLScalarVolumeNode",
-    "segmentationNode": "vtkMRMLSegmentationNode",
-    "node": "vtkMRMLSegmentationNode",
     "volumeNodes": "vtkMRMLScalarVolumeNode",
+    "segmentationNode": "vtkMRMLSegmentationNode",
     "segmentationNodes": "vtkMRMLSegmentationNode",
-    "_result()": "vtkMRMLSegmentationNode",
+    "self._result()": "vtkMRMLSegmentationNode",
+    "node": "vtkMRMLNode",
+    ".node": "vtkMRMLNode",
     "nodes": "vtkMRMLNode",
-    "getNodesByClass": "vtkMRMLNode",
-    "GetNodeReference": "vtkMRMLScalarVolumeNode",
-    "framesOf": "vtkMRMLSequenceNode",
-    "_frames": "vtkMRMLSequenceNode",
-    "GetFirstBrowserNodeForProxyNode": "vtkMRMLSequenceBrowserNode",
-    "GetSubjectHierarchyNode": "vtkMRMLSubjectHierarchyNode",
     "segment": "vtkSegment",
-    "GetSegmentation": "vtkSegmentation",
-    "GetSegment": "vtkSegment",
-    "GetTable": "vtkTable",
-    "GetColumnByName": "vtkDoubleArray",
+    "framesOf": "vtkMRMLSequenceNode",
+    "self._frames": "vtkMRMLSequenceNode",
+    ".getNodesByClass": "vtkMRMLNode",
+    ".GetNodeReference": "vtkMRMLScalarVolumeNode",
+    ".GetFirstBrowserNodeForProxyNode": "vtkMRMLSequenceBrowserNode",
+    ".GetSubjectHierarchyNode": "vtkMRMLSubjectHierarchyNode",
+    ".GetSegmentation": "vtkSegmentation",
+    ".GetSegment": "vtkSegment",
+    ".GetTable": "vtkTable",
+    ".GetColumnByName": "vtkDoubleArray",
 }
 
 
@@ -112,6 +120,11 @@ def class_of(node: ast.expr, known: dict[str, list[ast.expr]]) -> str:
             return class_of(item, known).replace("list", "")
         case ast.Attribute() if (panel := class_of(node.value, known)) in PANELS:
             return PANELS[panel].get(node.attr, "")
+        case ast.Attribute(ast.Name(name), attribute) if name in known:
+            others = {key: values for key, values in known.items() if key != name}
+            chains = (class_of(ast.Attribute(value, attribute), others) for value in known[name])
+            if found := next(filter(None, chains), ""):
+                return found
     if words in known:
         others = {key: values for key, values in known.items() if key != words}
         return next(filter(None, (class_of(value, others) for value in known[words])), "")
@@ -120,7 +133,8 @@ def class_of(node: ast.expr, known: dict[str, list[ast.expr]]) -> str:
 
 
 def told(words: str) -> str:
-    return TOLD[max((key for key in TOLD if f".{words}".endswith(f".{key}")), key=len, default="")]
+    keys = [key for key in TOLD if words == key or (key[0] == "." and words.endswith(key))]
+    return TOLD[max(keys, key=len)] if keys else ""
 
 
 def expressions(path: Path) -> Iterator[tuple[ast.AST, dict[str, list[ast.expr]]]]:
@@ -139,7 +153,7 @@ def expressions(path: Path) -> Iterator[tuple[ast.AST, dict[str, list[ast.expr]]
 def own_names() -> Iterator[str]:
     """Functions, classes, attributes and fields of our code, and parameters of the command-line module."""
     yield from (name for widgets in PANELS.values() for name in widgets)
-    for path in [*SOURCES, *(ROOT / "Core").rglob("*.py")]:
+    for path in [*CODE, *(ROOT / "Core").rglob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -162,8 +176,8 @@ def own_names() -> Iterator[str]:
 def python_names() -> Iterator[str]:
     """Names of the modules of Python that the modules import, and of their classes."""
     yield from ("returncode", "CREATE_NO_WINDOW")  # of instances, and on Windows
-    places: list[object] = [np, builtins]
-    for path in SOURCES:
+    places: list[object] = [np, np.testing, builtins]
+    for path in CODE:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
@@ -186,7 +200,7 @@ def test_every_attribute_is_ours_or_pythons_or_of_its_class_in_slicer() -> None:
     free = {*own_names(), *python_names(), *base_names()}
     used = [
         (path, class_of(node.value, known), node)
-        for path in SOURCES
+        for path in CODE
         for node, known in expressions(path)
         if isinstance(node, ast.Attribute)
     ]
@@ -202,7 +216,7 @@ def test_every_attribute_is_ours_or_pythons_or_of_its_class_in_slicer() -> None:
 def test_signals_are_connected_by_signatures_that_exist() -> None:
     connected = [
         (class_of(node.func.value, known), ast.literal_eval(node.args[0]))
-        for path in SOURCES
+        for path in CODE
         for node, known in expressions(path)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "connect"
     ]
@@ -211,9 +225,16 @@ def test_signals_are_connected_by_signatures_that_exist() -> None:
 
 
 def test_what_is_imported_from_slicer_is_there() -> None:
-    elsewhere = {*sys.stdlib_module_names, "m4oe", "M4oESegmentationLib", "M4oETrainingLib", "numpy"}
+    elsewhere = {
+        *sys.stdlib_module_names,
+        "m4oe",
+        "M4oESegmentation",
+        "M4oESegmentationLib",
+        "M4oETrainingLib",
+        "numpy",
+    }
     modules, names = [], []
-    for node in (node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+    for node in (node for path in CODE for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
         if isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names if alias.name.split(".")[0] not in elsewhere]
         elif isinstance(node, ast.ImportFrom) and not node.level and str(node.module).split(".")[0] not in elsewhere:

@@ -47,7 +47,7 @@ def widget_classes(ui: Path) -> dict[str, str]:
 
 PANELS = {ui.stem: widget_classes(ui) for ui in UI_FILES}
 MODULES = {"qt": qt, "vtk": vtk, "slicer": slicer.slicer_core, "slicer.util": slicer.util, "list": list}
-WIDGETS["slicer.modules"]["properties"] += [name.lower() for name in PANELS]  # ours
+WIDGETS["slicer.modules"]["properties"] += [path.stem.lower() for path in ROOT.glob("M4oE*/")]  # ours
 
 
 def real(name: str) -> Any:
