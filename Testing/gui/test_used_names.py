@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import slicer.util
-from harness.names import MODULES, PANELS, ROOT, SOURCES, WIDGETS, all_names, has, names_of, real
+from harness.names import MODULES, PANELS, ROOT, SOURCES, WIDGETS, all_names, has, is_property, names_of, real
 
 CODE = [*SOURCES, *ROOT.glob("Testing/slicer/*.py")]  # all that runs in Slicer
 
@@ -211,6 +211,20 @@ def test_every_attribute_is_ours_or_pythons_or_of_its_class_in_slicer() -> None:
         if not (has(holder, node.attr) if holder else node.attr in free)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_properties_of_qt_are_read_and_its_methods_called() -> None:
+    """PythonQt makes attributes of properties, whose values cannot be called."""
+    wrong = []
+    for path in CODE:
+        parts = list(expressions(path))
+        called = [node.func for node, _ in parts if isinstance(node, ast.Call)]
+        for node, known in parts:
+            if isinstance(node, ast.Attribute) and not node.attr[0].isupper():  # which enumerators have
+                holder = class_of(node.value, known)
+                if holder.startswith(("Q", "q", "ctk")) and is_property(holder, node.attr) == (node in called):
+                    wrong.append((path.name, node.lineno, node.attr))
+    assert wrong == []
 
 
 def test_signals_are_connected_by_signatures_that_exist() -> None:

@@ -61,3 +61,11 @@ def has(holder: str, name: str) -> bool:
     if holder in PANELS:
         return name in PANELS[holder]
     return (holder in WIDGETS and name in all_names(holder)) or hasattr(real(holder), name)
+
+
+def is_property(cls: str, name: str) -> bool:
+    """Whether a class of Qt has a property of this name, of its own or of a base."""
+    if cls in WIDGETS:
+        return name in WIDGETS[cls]["properties"] or any(is_property(base, name) for base in WIDGETS[cls]["bases"])
+    meta = getattr(real(cls), "staticMetaObject", None)
+    return meta is not None and meta.indexOfProperty(name) >= 0
