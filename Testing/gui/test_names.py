@@ -1,26 +1,24 @@
-"""Names that the panels and the stand-ins use are Slicer's: widgets.json has those of ctk and qMRML widgets, PySide6's
-meta-objects those of Qt."""
+"""Names of the stand-ins and in the .ui files are Slicer's, and the code keeps Slicer's manners."""
 
 from __future__ import annotations
 
 import ast
-import json
+import inspect
 import re
 import sys
+import textwrap
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import qt
 import slicer
-from harness import application, ctk_widgets, qmrml_widgets
-from PySide6 import QtCore, QtWidgets
+from harness import application, ctk_widgets, parameter_node, qmrml_widgets
+from harness.names import ROOT, SOURCES, UI_FILES, has, names_of
+from PySide6 import QtCore
 
-ROOT = Path(__file__).resolve().parents[2]
-WIDGETS = json.loads((Path(__file__).parent / "harness" / "widgets.json").read_text(encoding="utf-8"))
-MODULES = sorted(path for path in ROOT.glob("M4oE*/Resources/UI/*.ui"))
-SOURCES = sorted(path for folder in ROOT.glob("M4oE*") for path in folder.rglob("*.py"))
 STAND_INS = {
     **{cls.__name__: cls for cls in (*ctk_widgets.CLASSES, *qmrml_widgets.CLASSES)},
     "qSlicerApplication": application.Application,
@@ -28,59 +26,60 @@ STAND_INS = {
     "qSlicerLayoutManager": application.LayoutManager,
     "qSlicerExtensionsManagerModel": application.ExtensionsManagerModel,
     "qSlicerCoreIOManager": application.IOManager,
+    "vtkSlicerPlotsLogic": application._Plots,
+    "Default": parameter_node.Default,
+    **{cls.__name__: cls for cls in vars(slicer.ScriptedLoadableModule).values() if isinstance(cls, type)},
 }
-OURS = {"stand_in", "signatures", "installed"}  # names of the harness itself
-
-
-def names_of(widget: str, kind: str) -> set[str]:
-    """Names of a class and of its bases, from the list or from Qt."""
-    if widget not in WIDGETS:
-        cls = getattr(QtWidgets, widget, None) or getattr(QtCore, widget)
-        meta = cls.staticMetaObject
-        if kind == "signals":
-            return {
-                bytes(meta.method(number).methodSignature()).decode()
-                for number in range(meta.methodCount())
-                if meta.method(number).methodType() == QtCore.QMetaMethod.MethodType.Signal
-            }
-        return set(dir(cls))
-    found = set(WIDGETS[widget][kind])
-    return found.union(*(names_of(base, kind) for base in WIDGETS[widget]["bases"] if base != "qSlicerObject"))
-
-
-def all_names(widget: str) -> set[str]:
-    signals = {signature.split("(")[0] for signature in names_of(widget, "signals")}
-    return names_of(widget, "methods") | names_of(widget, "properties") | signals
-
-
-def widget_classes(ui: Path) -> dict[str, str]:
-    """Class by name of the widgets in a .ui file."""
-    return {str(item.get("name")): str(item.get("class")) for item in ET.parse(ui).iter("widget")}
-
-
-ALL_WIDGETS = {name: cls for ui in MODULES for name, cls in widget_classes(ui).items()}
-
-
-def used_attributes() -> list[tuple[str, str, str]]:
-    """Widget, attribute and file of every self.ui.NAME.ATTRIBUTE or ui.NAME.ATTRIBUTE."""
-    found = []
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
-                holder = node.value.value
-                name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
-                if name == "ui":
-                    found.append((node.value.attr, node.attr, path.name))
-    return found
+OURS = {"stand_in", "signatures", "installed", "shown"}  # names of the harness itself
 
 
 @pytest.mark.parametrize("name", sorted(STAND_INS))
 def test_a_stand_in_has_no_name_that_slicer_has_not(name: str) -> None:
     cls: Any = STAND_INS[name]
-    own = {key for base in cls.__mro__ if base.__module__.startswith("harness") for key in vars(base)}
-    own = {key for key in own if not key.startswith("_")} - OURS
-    qt_names = set(dir(QtWidgets.QWidget)) | set(dir(QtCore.QObject))
-    assert own - all_names(name) - qt_names == set()
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("harness")]
+    own = {key for base in bases for key in {*vars(base), *set_on_self(base)} if not key.startswith("_")} - OURS
+    assert bases and {key for key in own if not has(name, key)} == set()
+
+
+def set_on_self(cls: type) -> set[str]:
+    """Attributes that a class's methods give to its objects."""
+    nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+    found = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return {node.attr for node in found if ast.unparse(node.value) == "self"}
+
+
+def test_a_stand_in_of_a_module_in_python_has_no_name_that_slicer_has_not() -> None:
+    made = [name for name, module in sys.modules.items() if name.startswith("slicer.") and module.__spec__ is None]
+    own = [(name, key) for name in made for key in vars(sys.modules[name]) if not key.startswith("_")]
+    assert len(own) > 5
+    assert [pair for pair in own if not has(*pair)] == []
+
+
+def test_functions_that_the_harness_replaces_are_slicers() -> None:
+    tree = ast.parse(Path(str(slicer.util.__file__)).read_text(encoding="utf-8"))
+    slicers = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    found = {name: str(getattr(value, "__module__", "")) for name, value in vars(slicer.util).items()}
+    ours = {name for name, module in found.items() if module.startswith("harness")}
+    assert len(ours) > 5
+    assert ours - slicers == set()
+
+
+def test_a_wrapped_parameter_node_has_no_name_that_slicers_has_not() -> None:
+    @parameter_node.parameterNodeWrapper
+    class Wrapped:
+        text: str = ""
+
+    own = {*vars(Wrapped), *vars(Wrapped(slicer.vtkMRMLScriptedModuleNode()))} - {"text"}
+    assert "connectGui" in own
+    assert {name for name in own if not name.startswith("_") and not has("parameterNodeWrapper", name)} == set()
+
+
+def test_modules_have_no_name_that_slicers_have_not(open_panel: Callable[[str], Any]) -> None:
+    open_panel("M4oESegmentation")
+    modules = vars(slicer.modules)
+    assert [name for name in modules if not has("slicer.modules", name)] == []
+    own = {(name, key) for name, module in modules.items() for key in vars(module)}
+    assert {pair for pair in own if not has("qSlicerScriptedLoadableModule", pair[1])} == set()
 
 
 @pytest.mark.parametrize("name", [name for name, cls in STAND_INS.items() if hasattr(cls, "signatures")])
@@ -95,7 +94,7 @@ def test_properties_of_a_stand_in_are_known_to_qt(cls: Any) -> None:
     assert {key for key in declared if widget.metaObject().indexOfProperty(key) < 0} == set()
 
 
-@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ui", UI_FILES, ids=lambda path: path.stem)
 def test_a_ui_file_uses_only_properties_that_its_widgets_have(ui: Path) -> None:
     unknown = []
     for item in ET.parse(ui).iter("widget"):
@@ -105,7 +104,7 @@ def test_a_ui_file_uses_only_properties_that_its_widgets_have(ui: Path) -> None:
     assert unknown == []
 
 
-@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ui", UI_FILES, ids=lambda path: path.stem)
 def test_a_ui_file_names_enums_as_qt_5_can_read_them(ui: Path) -> None:
     """Designer of Qt 6 writes Qt::Orientation::Vertical, where the loader of Qt 5 knows Qt::Vertical alone."""
     named = [
@@ -114,37 +113,12 @@ def test_a_ui_file_names_enums_as_qt_5_can_read_them(ui: Path) -> None:
     assert named and [name for name in named if name.count("::") != 1] == []
 
 
-@pytest.mark.parametrize("ui", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ui", UI_FILES, ids=lambda path: path.stem)
 def test_every_node_selector_gets_the_scene(ui: Path) -> None:
     tree = ET.parse(ui)
     selectors = {str(item.get("name")) for item in tree.iter("widget") if item.get("class") == "qMRMLNodeComboBox"}
     connected = {entry.findtext("receiver") for entry in tree.iter("connection")}
     assert selectors <= connected
-
-
-def test_the_code_uses_only_widgets_of_the_ui_files_and_their_names() -> None:
-    used = used_attributes()
-    assert len(used) > 50
-    assert [(widget, file) for widget, _, file in used if widget not in ALL_WIDGETS] == []
-    unknown = [
-        (widget, name, file) for widget, name, file in used if name not in all_names(ALL_WIDGETS[widget]) | {"name"}
-    ]
-    assert unknown == []
-
-
-def test_signals_are_connected_by_signatures_that_exist() -> None:
-    connected = []
-    for path in SOURCES:
-        connected += re.findall(r'ui\.(\w+)\.connect\("([^"]+)"', path.read_text(encoding="utf-8"))
-    assert len(connected) > 4
-    unknown = [(widget, text) for widget, text in connected if text not in names_of(ALL_WIDGETS[widget], "signals")]
-    assert unknown == []
-
-
-def test_what_the_segment_editor_is_asked_for_is_there() -> None:
-    [source] = [path for path in SOURCES if path.name == "Results.py"]
-    asked = re.findall(r"\beditor\.(\w+)\(", source.read_text(encoding="utf-8"))
-    assert asked and set(asked) <= names_of("qMRMLSegmentEditorWidget", "methods")
 
 
 def test_qt_and_ctk_constructors_get_no_keywords() -> None:
@@ -185,16 +159,27 @@ def untranslated(path: Path) -> list[tuple[str, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in shown:
             found += [word for argument in node.args[: 1 + (len(node.args) > 2)] for word in words(argument)]
-        if isinstance(node, ast.Assign) and any(getattr(t, "attr", "") in ("text", "toolTip") for t in node.targets):
-            found += words(node.value)
+        if isinstance(node, ast.Assign):
+            targets = [part for target in node.targets for part in ast.walk(target)]
+            if any(getattr(target, "attr", "") in ("text", "toolTip") for target in targets):
+                found += words(node.value)
+        found += [word for entry in entries(node) for word in words(entry) if re.sub(r"{.*?}|\W", "", word)]
     return [(path.name, text) for text in found]
+
+
+def entries(node: ast.AST) -> list[ast.expr]:
+    """What a dictionary gets: mostly texts by the words of a command."""
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+        return [node.value]
+    items = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+    return [value for key, value in items if getattr(key, "value", "") != "PYTHONIOENCODING"]
 
 
 def words(node: ast.AST) -> list[str]:
     """Texts with letters in an expression, but for those that go through a call or a key."""
     if isinstance(node, ast.Constant):
         return [node.value] if isinstance(node.value, str) and re.search("[A-Za-z]", node.value) else []
-    if isinstance(node, (ast.Call, ast.Subscript, ast.Compare)):
+    if isinstance(node, (ast.Call, ast.Subscript, ast.Compare, ast.Dict)):  # whose entries are looked at on their own
         return []
     return [text for child in ast.iter_child_nodes(node) for text in words(child)]
 

@@ -229,7 +229,7 @@ def install(logic: Any) -> Dialogs:
     slicer.util.setSliceViewerLayers = lambda *arguments, **keywords: None
     slicer.util.mainWindow = lambda: None
     slicer.util.modulePath = lambda name: getattr(slicer.modules, name.lower()).path
-    _module("slicer.i18n", tr=lambda text, context=None: text, translate=lambda context, text: text)
+    _module("slicer.i18n", tr=lambda text: text, translate=lambda context, text: text)
     _module("slicer.parameterNodeWrapper", **{name: getattr(parameter_node, name) for name in _WRAPPER})
     _module("slicer.ScriptedLoadableModule", **{cls.__name__: cls for cls in _bases()})
     return dialogs
