@@ -1104,8 +1104,13 @@ def test_a_batch_writes_the_chosen_format_and_pictures(
 def test_a_stopped_batch_goes_on_when_it_is_started_again(
     panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path
 ) -> None:
+    from m4oe.files import write_volume
+    from m4oe.geometry import Grid, Volume
+
+    slow = np.zeros((120, 256, 256), np.int16)
+    write_volume(five_cases / "case3.nii.gz", Volume(slow, Grid(slow.shape, np.diag([-1.5, -1.5, 3.0, 1.0]))))
     start_batch(panel, five_cases, tmp_path / "results")
-    settle(lambda: "working" in batch_table(panel).values())
+    settle(lambda: batch_table(panel).get("case3") == "working")
     panel.ui.batchStopButton.click()
     settle(lambda: panel.batches.batch is None)
     assert dialogs.errors == []
