@@ -320,7 +320,7 @@ class RunSection:
         from m4oe.jobs import Cancelled
 
         run, self.run, self._over = self.run, None, False
-        self._ui.progressBar.value = 0
+        self._ui.progressBar.value = 100 if run.error is None else 0
         if run.error is None:
             self._ui.statusLabel.text = _("Done in {seconds:.0f} s on {device}.").format(
                 seconds=sum(run.report.seconds.values()), device=run.report.device

@@ -126,7 +126,7 @@ def test_apply_makes_a_segmentation_and_shows_what_was_found(panel: Any, dialogs
     assert ids(node) == set(STRUCTURES)
     ui = panel.ui
     assert ui.resultsTable.rowCount == 3
-    assert ui.statusLabel.text.startswith("Done in")
+    assert ui.statusLabel.text.startswith("Done in") and ui.progressBar.value == 100
     assert not ui.resultsCollapsibleButton.collapsed
     assert "tiny 1" in ui.resultLabel.text
 
