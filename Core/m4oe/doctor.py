@@ -384,12 +384,12 @@ def _bare_folders(module: str) -> list[Path]:
 
 def _remains(packages: Sequence[Package], site: Path) -> Finding:
     """Folders that pip left behind when it could not finish, as on Windows with a library in use."""
-    left = sorted(path.name for path in site.glob("~*")) if site.is_dir() else []
-    left += [package.info.name for package in packages if not package.complete and package.name != "torch"]
+    left = sorted(site.glob("~*")) if site.is_dir() else []
+    left += [package.info for package in packages if not package.complete and package.name != "torch"]
     if left:
-        return Finding(
-            "installs that broke off", "problem", f"{', '.join(left)} in {site}", "close Slicer, delete them"
-        )
+        where = " and ".join(dict.fromkeys(str(path.parent) for path in left))
+        found = f"{', '.join(path.name for path in left)} in {where}"
+        return Finding("installs that broke off", "problem", found, "close Slicer, delete them")
     return Finding("installs that broke off", "ok", "none")
 
 

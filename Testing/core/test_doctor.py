@@ -178,7 +178,10 @@ def test_a_core_package_that_came_after_slicer_is_noted(place: Path, monkeypatch
 
 def test_what_pip_left_behind_is_found(tmp_path: Path) -> None:
     (tmp_path / "~umpy").mkdir()
-    assert "~umpy" in doctor._remains((), tmp_path).found
+    assert doctor._remains((), tmp_path).found == f"~umpy in {tmp_path}"
+    half = doctor.Package("tqdm", "4.0", tmp_path / "user" / "tqdm-4.0.dist-info", complete=False)
+    found = doctor._remains((half,), tmp_path).found
+    assert found == f"~umpy, tqdm-4.0.dist-info in {tmp_path} and {tmp_path / 'user'}"
 
 
 # The machine

@@ -160,7 +160,7 @@ def test_cases_with_errors_are_left_out_and_named() -> None:
     reports = [CaseReport(case.case, findings=wrong if case.case == "c1" else ()) for case in dataset.cases]
     plan, _ = make_plan([dataset], {"s": reports})
     assert plan.left_out == {"s/c1": "broken"} and len(plan.datasets[0].cases) == 39
-    with pytest.raises(ValueError, match="1 have errors, .*; s/c1: broken"):
+    with pytest.raises(ValueError, match="1 has errors, .*; s/c1: broken"):
         make_plan([a_set("s", a_case("c1"))], {"s": [CaseReport("c1", findings=wrong)]})
 
 

@@ -284,7 +284,8 @@ def _why_none(plan: Plan) -> str:
         whys.append(f"the splits hold back {' and '.join(held)}: {cure}")
     if plan.left_out:
         named = "".join(f"; {case}: {reason.rstrip('.')}" for case, reason in list(plan.left_out.items())[:_NAMED])
-        whys.append(f"{len(plan.left_out)} have errors, see the check of the data (m4oe data scan){named}")
+        have = "1 has" if len(plan.left_out) == 1 else f"{len(plan.left_out)} have"
+        whys.append(f"{have} errors, see the check of the data (m4oe data scan){named}")
     return "; ".join(whys) or "none has a label, see the check of the data (m4oe data scan)"
 
 
