@@ -83,9 +83,13 @@ class BatchProgress(io.TextIOBase):
         self.slicer, self.number, self.cases = slicer, 1, 1
 
     def write(self, text: str) -> int:
-        """Takes a line, whose end comes by itself."""
-        event = json.loads(text) if text.strip() else {"event": ""}
-        match event["event"]:
+        """Takes a line, whose end comes by itself; what is no event, such as a library's, goes on as it is."""
+        try:
+            event = json.loads(text)
+            kind = event["event"]
+        except (ValueError, TypeError, LookupError):
+            return self.slicer.write(text)
+        match kind:
             case "case":
                 self.number, self.cases = event["number"], event["of"]
                 self._show(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 import subprocess
@@ -102,6 +103,17 @@ def test_the_script_segments_a_folder_where_one_bad_case_stops_nothing(model: Pa
     bad.unlink()
     again = run("--batch", "--input-folder", tmp_path / "in", *wanted)
     assert again.returncode == 0 and "0 done, 2 skipped" in again.stdout and "<filter-end>" in again.stdout
+
+
+def test_what_a_library_prints_during_a_batch_is_passed_on() -> None:
+    spec = importlib.util.spec_from_file_location("M4oESegmentCLI", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    printed = io.StringIO()
+    for line in ("hello\n", "12\n", '{"event": "case", "number": 2, "of": 4}\n'):
+        module.BatchProgress(printed).write(line)
+    assert printed.getvalue() == "hello\n12\n<filter-progress>0.250</filter-progress>\n"
 
 
 def test_a_table_goes_before_the_folder_that_slicer_names_anyway(model: Path, tmp_path: Path) -> None:

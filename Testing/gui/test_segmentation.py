@@ -782,9 +782,10 @@ def test_devices_are_listed_with_their_free_memory(panel: Any) -> None:
     settle(lambda: panel.worker.job is None)
     texts = [panel.ui.deviceSelector.itemText(index) for index in range(panel.ui.deviceSelector.count)]
     assert any(re.fullmatch(r"CPU, \d+ cores, [\d.]+ GB free", text) for text in texts)
-    assert panel.ui.deviceSelector.itemData(1, qt.Qt.ToolTipRole).startswith("CPU, ")
-    panel.ui.deviceSelector.currentIndex = panel.ui.deviceSelector.findData("cpu")
-    panel.ui.deviceSelector.activated.emit(1)
+    cpu = panel.ui.deviceSelector.findData("cpu")
+    assert panel.ui.deviceSelector.itemData(cpu, qt.Qt.ToolTipRole).startswith("CPU, ")
+    panel.ui.deviceSelector.currentIndex = cpu
+    panel.ui.deviceSelector.activated.emit(cpu)
     apply(panel, add_volume())
     assert panel.ui.statusLabel.text.endswith("on cpu.")
 

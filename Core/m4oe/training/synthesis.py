@@ -47,7 +47,7 @@ _LOBES = ((0.2, 0.6, 0.6), (15.0, 45.0, 45.0))  # the same of parts of organs: l
 _LARGE_MM = 30.0  # radius from which on an organ has such parts
 _WILD = 0.05  # share of MR images whose tissues have any signal
 _AGAIN = 0.3  # share of an MR expert's images of a body whose own image is that expert's, that look like it
-_EXCRETION = 0.25  # share of images with contrast medium that the kidneys excrete, after the portal phase
+_EXCRETION = 0.25  # share of CT and of contrast-enhanced T1 images in which the kidneys excrete contrast medium
 _CYST = {  # brightness of the finished image: in CT of water in the window, in MR of fluid
     "ct": (0.38, 0.48),
     "mr_t1": (0.02, 0.3),
