@@ -387,8 +387,8 @@ def _remains(packages: Sequence[Package], site: Path) -> Finding:
     left = sorted(site.glob("~*")) if site.is_dir() else []
     left += [package.info for package in packages if not package.complete and package.name != "torch"]
     if left:
-        where = " and ".join(dict.fromkeys(str(path.parent) for path in left))
-        found = f"{', '.join(path.name for path in left)} in {where}"
+        names = {path.parent: [other.name for other in left if other.parent == path.parent] for path in left}
+        found = "; ".join(f"{', '.join(there)} in {folder}" for folder, there in names.items())
         return Finding("installs that broke off", "problem", found, "close Slicer, delete them")
     return Finding("installs that broke off", "ok", "none")
 

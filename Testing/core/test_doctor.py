@@ -180,8 +180,9 @@ def test_what_pip_left_behind_is_found(tmp_path: Path) -> None:
     (tmp_path / "~umpy").mkdir()
     assert doctor._remains((), tmp_path).found == f"~umpy in {tmp_path}"
     half = doctor.Package("tqdm", "4.0", tmp_path / "user" / "tqdm-4.0.dist-info", complete=False)
-    found = doctor._remains((half,), tmp_path).found
-    assert found == f"~umpy, tqdm-4.0.dist-info in {tmp_path} and {tmp_path / 'user'}"
+    remains = doctor._remains((half,), tmp_path)
+    assert remains.found == f"~umpy in {tmp_path}; tqdm-4.0.dist-info in {tmp_path / 'user'}"
+    assert f"~umpy in .../{tmp_path.name}; tqdm-4.0.dist-info in .../user" in doctor.report([remains])
 
 
 # The machine

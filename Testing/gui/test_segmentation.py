@@ -1102,24 +1102,36 @@ def test_a_batch_writes_the_chosen_format_and_pictures(
     assert not any(name.endswith(".seg.nrrd") for name in written)
 
 
-def test_a_stopped_batch_goes_on_when_it_is_started_again(
-    panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path
-) -> None:
-    from m4oe.files import write_volume
-    from m4oe.geometry import Grid, Volume
+_STALLS = """
+import sys, time
+from m4oe import __main__, segment_command
+segment = segment_command._segment_case
+def stall(predictor, case, options, voice):
+    if case.name == "case3":
+        time.sleep(600)
+    return segment(predictor, case, options, voice)
+segment_command._segment_case = stall
+sys.exit(__main__.main())
+"""
 
-    slow = np.zeros((120, 256, 256), np.int16)
-    write_volume(five_cases / "case3.nii.gz", Volume(slow, Grid(slow.shape, np.diag([-1.5, -1.5, 3.0, 1.0]))))
-    start_batch(panel, five_cases, tmp_path / "results")
+
+def test_a_stopped_batch_goes_on_when_it_is_started_again(
+    panel: Any, dialogs: Dialogs, five_cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from M4oESegmentationLib import Worker
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "localCommand", lambda *words: [sys.executable, "-c", _STALLS, *words])
+        start_batch(panel, five_cases, tmp_path / "results")
     settle(lambda: batch_table(panel).get("case3") == "working")
     panel.ui.batchStopButton.click()
     settle(lambda: panel.batches.batch is None)
     assert dialogs.errors == []
     assert panel.ui.batchStatusLabel.text == "Stopped; start it again to go on."
-    assert "working" not in batch_table(panel).values()
+    assert batch_table(panel)["case3"] == "stopped"
     start_batch(panel, five_cases, tmp_path / "results")
     settle(lambda: panel.batches.batch is None)
-    assert panel.ui.batchStatusLabel.text.endswith("1 failed")
+    assert panel.ui.batchStatusLabel.text == "1 done, 3 skipped, 1 failed"
     assert len(list((tmp_path / "results").glob("*.seg.nrrd"))) == 4
 
 
