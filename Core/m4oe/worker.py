@@ -146,7 +146,7 @@ class _Worker:
         return {"volume": header, "report": report.to_json()}, voxels
 
     def _predictor(self, path: Path, device: str, precision: str, progress: Callable[[str, float], None]) -> Predictor:
-        """The model from memory, else from the file, as it is now."""
+        """The model from memory, else from the file, as it is now; one that left its GPU is not kept."""
         status = path.stat()
         key = (path.resolve(), status.st_mtime_ns, status.st_size, device, precision)
         if key not in self._predictors:

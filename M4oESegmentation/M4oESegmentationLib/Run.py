@@ -313,6 +313,7 @@ class RunSection:
 
     def _apply(self) -> None:
         with errorsShown(_("The segmentation could not be started.")):
+            self._ui.progressBar.value = 0
             self.run = self._start()
             self._changed()
 
