@@ -79,8 +79,8 @@ def segment_batch(options: argparse.Namespace) -> int:
 class BatchProgress(io.TextIOBase):
     """Turns the events of `m4oe segment --json` into Slicer's progress."""
 
-    def __init__(self, slicer: TextIO) -> None:
-        self.slicer, self.number, self.cases = slicer, 1, 1
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.number, self.cases = stream, 1, 1
 
     def write(self, text: str) -> int:
         """Takes a line, whose end comes by itself; what is no event, such as a library's, goes on as it is."""
@@ -88,7 +88,7 @@ class BatchProgress(io.TextIOBase):
             event = json.loads(text)
             kind = event["event"]
         except (ValueError, TypeError, LookupError):
-            return self.slicer.write(text)
+            return self.stream.write(text)
         match kind:
             case "case":
                 self.number, self.cases = event["number"], event["of"]
@@ -96,12 +96,12 @@ class BatchProgress(io.TextIOBase):
             case "progress" if event["phase"] == "segment":
                 self._show(event["fraction"])
             case "end":
-                tell("segment", 1, self.slicer)
-                print("{done} done, {skipped} skipped, {failed} failed".format(**event), file=self.slicer, flush=True)
+                tell("segment", 1, self.stream)
+                print("{done} done, {skipped} skipped, {failed} failed".format(**event), file=self.stream, flush=True)
         return len(text)
 
     def _show(self, fraction: float) -> None:
-        tell("segment", (self.number - 1 + fraction) / self.cases, self.slicer)
+        tell("segment", (self.number - 1 + fraction) / self.cases, self.stream)
 
 
 def segment(options: argparse.Namespace) -> int:
@@ -129,10 +129,10 @@ def segment(options: argparse.Namespace) -> int:
     return 0
 
 
-def tell(phase: str, fraction: float, slicer: TextIO | None = None) -> None:
+def tell(phase: str, fraction: float, stream: TextIO | None = None) -> None:
     """Progress of the phase that takes the time."""
     if phase == "segment":
-        print(f"<filter-progress>{fraction:.3f}</filter-progress>", file=slicer, flush=True)
+        print(f"<filter-progress>{fraction:.3f}</filter-progress>", file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -415,7 +415,7 @@ def test_a_run_without_usable_labels_says_which_file_is_broken(panel: Any, data:
 
 
 def test_a_run_whose_data_are_gone_says_what_it_did_not_score(panel: Any, data: Path, tmp_path: Path) -> None:
-    choose(panel, data, tmp_path / "run")
+    choose(panel, data, tmp_path / "run", length=0.1)
     panel.ui.startButton.click()
     settle(lambda: panel._view.curves["loss"]._rows or state(panel, "failed")(), 600)
     shutil.rmtree(data)
