@@ -77,28 +77,36 @@ def segment_batch(options: argparse.Namespace) -> int:
 
 
 class BatchProgress(io.TextIOBase):
-    """Turns the events of `m4oe segment --json` into Slicer's progress."""
+    """Turns the events of `m4oe segment --json` into Slicer's progress; other lines go on as they are."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.number, self.cases = stream, 1, 1
+        self.stream, self.begun, self.number, self.cases = stream, "", 1, 1
 
     def write(self, text: str) -> int:
-        """Takes a line, whose end comes by itself; what is no event, such as a library's, goes on as it is."""
+        """Takes text, and from it the lines that are whole by now."""
+        *lines, self.begun = (self.begun + text).split("\n")
+        for line in lines:
+            self._take(line)
+        return len(text)
+
+    def _take(self, line: str) -> None:
         try:
-            event = json.loads(text)
+            event = json.loads(line)
             kind = event["event"]
         except (ValueError, TypeError, LookupError):
-            return self.stream.write(text)
+            print(line, file=self.stream, flush=True)
+            return
         match kind:
             case "case":
                 self.number, self.cases = event["number"], event["of"]
                 self._show(0)
             case "progress" if event["phase"] == "segment":
                 self._show(event["fraction"])
+            case "done" | "skipped":
+                print(f"{event['case']}: {kind}", file=self.stream, flush=True)
             case "end":
                 tell("segment", 1, self.stream)
                 print("{done} done, {skipped} skipped, {failed} failed".format(**event), file=self.stream, flush=True)
-        return len(text)
 
     def _show(self, fraction: float) -> None:
         tell("segment", (self.number - 1 + fraction) / self.cases, self.stream)

@@ -202,6 +202,7 @@ def _devices() -> list[Device]:
     for name in available_devices():
         free, description = psutil.virtual_memory().available, "Apple GPU"
         if name == "cpu":
+            # of which the panel's box shows what stands before ", as "
             description = f"CPU, {os.cpu_count()} cores{(why := why_cpu()) and f', as {why}'}"
         elif name.startswith("cuda"):
             free, description = 0, torch.cuda.get_device_name(name)

@@ -116,7 +116,7 @@ def expertText(report: Report) -> str:
 def gateText(report: Report) -> str:
     """A bar with a part for each expert, as long as the gate gave it a probability, as rich text; "" without a gate.
 
-    Names that find no room in their part stand below the bar.
+    Names that find no room in their part stand below the bar; what rounds to 0 % has no part.
     """
     parts, below = [], []
     for number, (name, share) in enumerate(report.gate.items()):
@@ -125,7 +125,8 @@ def gateText(report: Report) -> str:
             text = f'<font color="white">{text}</font>'
         else:
             below.append(f'<font color="{color}">■</font>&nbsp;{text}')
-        parts.append(f'<td width="{share:.0%}" bgcolor="{color}">{text if fits else ""}</td>')
+        if round(100 * share):
+            parts.append(f'<td width="{share:.0%}" bgcolor="{color}">{text if fits else ""}</td>')
     if not parts:
         return ""
     says = _("The gate alone would say:") if report.chosen_by == "modality" else _("The gate says:")

@@ -98,11 +98,16 @@ def test_the_script_segments_a_folder_where_one_bad_case_stops_nothing(model: Pa
     shown = fractions(done.stdout)
     assert shown == sorted(shown) and shown[0] == 0 and shown[-1] == 1 and len(set(shown)) > 3
     assert {"a.seg.nrrd", "a.png", "volumes.csv", "volumes.json", "log.txt"} <= {path.name for path in out.iterdir()}
-    assert "<filter-end>" not in done.stdout
+    assert "<filter-end>" not in done.stdout and "\na: done\n" in done.stdout
     assert list(reports(out)["a"]["volumes_ml"]) == ["liver", "spleen"]
     bad.unlink()
     again = run("--batch", "--input-folder", tmp_path / "in", *wanted)
-    assert again.returncode == 0 and "0 done, 2 skipped" in again.stdout and "<filter-end>" in again.stdout
+    assert (
+        again.returncode == 0
+        and "a: skipped\nc: skipped\n" in again.stdout
+        and "0 done, 2 skipped" in again.stdout
+        and "<filter-end>" in again.stdout
+    )
 
 
 def test_what_a_library_prints_during_a_batch_is_passed_on() -> None:
@@ -111,8 +116,9 @@ def test_what_a_library_prints_during_a_batch_is_passed_on() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     printed = io.StringIO()
-    for line in ("hello\n", "12\n", '{"event": "case", "number": 2, "of": 4}\n'):
-        module.BatchProgress(printed).write(line)
+    progress = module.BatchProgress(printed)
+    for line in ("hello", "12", '{"event": "case", "number": 2, "of": 4}'):
+        print(line, file=progress)
     assert printed.getvalue() == "hello\n12\n<filter-progress>0.250</filter-progress>\n"
 
 

@@ -371,6 +371,8 @@ def test_the_gate_is_named_where_it_chose_and_else_alone(panel: Any) -> None:
     assert [f'width="{share}"' in bar for share in ("30%", "68%", "2%")] == [True, True, True]
     assert ("mr&nbsp;68%" in bar, "mr" in below) == (True, False)
     assert ("other" in bar, "other&nbsp;2%" in below) == (False, True)
+    bar, _, below = gateText(make_report(gate={"ct": 0.998, "mr": 0.002})).partition("</table>")
+    assert (bar.count("<td"), "mr&nbsp;0%" in below) == (1, True)
     chosen = make_report(gate=gate, expert_weights={"mr": 1.0})
     assert expertText(chosen) == "Expert mr, chosen by the gate (68%)."
     assert gateText(chosen).startswith("The gate says:")

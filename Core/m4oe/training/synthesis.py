@@ -295,7 +295,7 @@ def _near(places_M4: NDArray[np.float32], depth: float) -> NDArray[np.float32]:
 
 
 def _lobes(places_M4: NDArray[np.float32], rng: Generator) -> NDArray[np.float32]:
-    """A part of each large structure, somewhere around its middle."""
+    """A part of each large structure, somewhere around its middle; like `Atlas.places_M4`."""
     large_M4 = places_M4[places_M4[:, 3] > _LARGE_MM]
     way_M3 = rng.normal(size=(len(large_M4), 3))
     way_M3 *= rng.uniform(0.4, 1.3, (len(large_M4), 1)) / np.linalg.norm(way_M3, axis=1, keepdims=True)

@@ -15,7 +15,7 @@ from PySide6 import QtCore, QtWidgets
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted(path for folder in ROOT.glob("M4oE*") for path in folder.rglob("*.py"))
-UI_FILES = sorted(path for path in ROOT.glob("M4oE*/Resources/UI/*.ui"))
+UI_FILES = sorted(ROOT.glob("M4oE*/Resources/UI/*.ui"))
 WIDGETS = json.loads(Path(__file__).with_name("widgets.json").read_text(encoding="utf-8"))
 
 
