@@ -2,6 +2,7 @@
 
     python Testing/benchmarks/demo_model.py DATA -o OUT
     python Testing/benchmarks/demo_model.py DATA --score MODEL...
+    torchrun --nproc-per-node 2 Testing/benchmarks/demo_model.py DATA -o OUT    (a process for each core or GPU)
 
 DATA is a folder with the volumes and label maps named below; their licences are in the model's description. What came
 of it, and how it got there, is told in Docs/demo-model.md.
@@ -34,6 +35,7 @@ from m4oe.training.data import Case, make_case
 from m4oe.training.loop import TrainingData, train
 from m4oe.training.phantom import STRUCTURES
 from m4oe.training.phantom_data import phantom_data, unseen_phantoms
+from m4oe.training.ranks import Ranks, joined_ranks, local_device
 from m4oe.training.score import score_model
 from m4oe.training.start import start_network
 from m4oe.training.synthesis import Synthesiser
@@ -55,7 +57,7 @@ LICENCES = (
 )
 FOR_THE_GATE = (("mr/cmb_06489_t2.nii.gz", "mr_t2"),)  # images without labels
 UNSEEN_BY_THE_GATE = (("ct/pancreas_cb001_ct.nii.gz", "ct"), ("ct/crlm_1004_dicom", "ct"))
-PHANTOMS, NEGATIVES, UNSEEN = 40, 12, 5
+PHANTOMS, NEGATIVES, UNSEEN = 40, 24, 5
 ABDOMEN = tuple(key for key in STRUCTURES if key not in ("esophagus", "urinary_bladder", "prostate_or_uterus"))
 PELVIS = ("urinary_bladder", "prostate_or_uterus")
 BODY = {
@@ -118,7 +120,7 @@ def label_meanings(data: Path, path: str) -> dict[int, str]:
 def demo_atlases(data: Path, spec: ModelSpec) -> list[Atlas]:
     """All label maps, and bodies without any of the structures."""
     found = [load_atlas(demo_case(data, source), spec, source.weight) for source in SOURCES]
-    return [*found, *(replace(negative_atlas(seed, spec), weight=0.13) for seed in range(NEGATIVES))]
+    return [*found, *(replace(negative_atlas(seed, spec), weight=0.075) for seed in range(NEGATIVES))]
 
 
 def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
@@ -138,11 +140,12 @@ def demo_cases(data: Path, spec: ModelSpec) -> list[Case]:
 
 
 def demo_config(length: float, mixture: bool) -> TrainConfig:
-    """The stages, `length` times as long; from a mixture on without the first."""
+    """The stages, `length` times as long; from a mixture on without the first, and slower lest it forgets."""
+    pace = 0.5 if mixture else 1.0
     stages = (
         Stage("dense", 7000, 1e-3, balance=0.35),
-        Stage("experts", 11000, 6e-4, balance=0.35),
-        Stage("experts", 4500, 3e-4, balance=0.15),
+        Stage("experts", 11000, pace * 6e-4, balance=0.35),
+        Stage("experts", 4500, pace * 3e-4, balance=0.15),
         Stage("gate", 600, 2e-3),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])
@@ -236,7 +239,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("-o", "--output", type=Path, default=Path("run"), metavar="OUT", help="folder of the run")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--device", default=local_device(), metavar="NAME", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--length", type=float, default=1.0, metavar="F", help="times the steps")
     parser.add_argument("--init", metavar="MODEL[:EXPERT]", help="to start from: one expert, or all")
@@ -246,18 +249,26 @@ def main() -> None:
     if options.score:
         print(score_table(options.data, options.score))
         return
+    with joined_ranks() as ranks:
+        train_demo(options, ranks)
+
+
+def train_demo(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Trains the model, or goes on with it, and scores it on phantoms."""
     options.output.mkdir(parents=True, exist_ok=True)
     mixture = bool(options.init) and ":" not in options.init
     config = replace(demo_config(options.length, mixture), seed=options.seed)
     data = demo_data(options.data, config)
-    synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
-    write_synthesis(options.output / "synthesis.png", synthesiser)
+    if ranks.rank == 0:
+        synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
+        write_synthesis(options.output / "synthesis.png", synthesiser)
     start = None
     if options.init:
         start = load_model(Path(options.init))[0] if mixture else start_network(options.init, config, STRUCTURES)
-    model = train(config, data, options.output, say, device=options.device, start=start)
-    score_model(model, unseen_phantoms(UNSEEN), say, options.device)
-    print(model)
+    model = train(config, data, options.output, say, ranks, options.device, start)
+    if ranks.rank == 0:
+        score_model(model, unseen_phantoms(UNSEEN), say, options.device)
+        print(model)
 
 
 if __name__ == "__main__":

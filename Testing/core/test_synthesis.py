@@ -190,6 +190,16 @@ def test_a_body_without_structures_has_tissues_and_no_labels(seed: int) -> None:
     assert 0.02 < (atlas.classes_ZHW > 0).mean() < 0.9 and len(np.unique(atlas.classes_ZHW)) >= 5
 
 
+def test_a_head_has_its_face_in_front_and_below_the_brain() -> None:
+    heads = [atlas for seed in range(4) if "cord" in (atlas := negative_atlas(seed, SPEC)).tissues]
+    assert heads
+    for head in heads:
+        brain_ZHW = np.isin(head.classes_ZHW, [head.tissues.index("cord"), head.tissues.index("spleen")])
+        rows = np.flatnonzero(brain_ZHW.any((0, 2)))
+        lowest = brain_ZHW.any(2).argmax(0)[rows]
+        assert lowest[: len(rows) // 3].mean() > lowest[-len(rows) // 3 :].mean() + 3
+
+
 @pytest.mark.parametrize(
     ("key", "expected"),
     [("liver", "liver"), ("rib_left_7", "bone"), ("iliac_vena_left", "vein"), ("autochthon_left", "muscle")],

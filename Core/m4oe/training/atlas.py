@@ -229,8 +229,9 @@ def negative_atlas(seed: int, spec: ModelSpec) -> Atlas:
         parts.add(skull, ("bone", "marrow"), 0)
         core &= ~skull
     if head:
-        _add_brain(parts, core & (z > -0.15 * shape[0]), depth - fat, x, rng)
-        core &= z <= -0.15 * shape[0]  # the face and the base of the skull
+        base = (rng.uniform(-0.35, 0.05) - rng.uniform(0.2, 0.6) * y / size) * shape[0]  # the face lies in front of it
+        _add_brain(parts, core & (z > base), depth - fat, x, rng)
+        core &= z <= base
     kinds = ("muscle", "gas", "fat", "bone", "csf") if head else ("muscle", "muscle", "visceral_fat", "vein")
     noise = np.stack([_smooth_noise(rng, shape, rng.uniform(4, 12)) + rng.uniform(0, 1) for _ in kinds])
     for number, kind in enumerate(kinds):
