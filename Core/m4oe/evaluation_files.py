@@ -100,7 +100,10 @@ def pair_files(predicted: Path, truth: Path) -> Pairs:
             listed = ", ".join(str(path) for path in (*paths, *candidates))
             pairs.problems[case] = f"several files belong to this case, keep one prediction and one truth: {listed}"
         elif predicted.is_dir():
-            cure = f"expected {case}.seg.nrrd, {case}_label.nii.gz or the like; rename it, or give the two files"
+            cure = (
+                f"expected {case}.seg.nrrd, {case}_label.nii.gz or the like; rename it, or give the two files; "
+                "if it is no truth, take it out"
+            )
             pairs.problems[case] = f"{paths[0]} has no prediction in {predicted}, {cure}"
     alone = [str(path) for case, paths in predictions.items() if case not in truths for path in paths]
     if alone:

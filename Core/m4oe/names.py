@@ -148,7 +148,9 @@ def read_label_table(source: Path | str) -> dict[int, str]:
         text = path.read_text(encoding="utf-8-sig")
         names = _from_json(text) if path.suffix.lower() == ".json" else named_rows(text)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); expected a table of label values") from error
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); expected a table of label values, or text such as 1=liver"
+        ) from error
     except (ValueError, AttributeError, LookupError) as error:
         raise ValueError(f"{path} is not a table of label values, such as a CSV with columns label and name") from error
     if not names:

@@ -35,7 +35,7 @@ _SKY, _GROUND = (0.125, 0.15, 0.19), (0.03, 0.036, 0.048)  # behind the surfaces
 _CT_RULE, _MR_RULE = IntensityRule("window", -160, 240), IntensityRule("percentile", 0.5, 99.5)
 _DARK, _THIN = 0.07, 0.04  # brightness of air at most; what no body is thinner than, of the longer side of a slice
 _FEW = 4  # slices that leave nothing to see across them
-_ROWS = 64  # of the legend
+_ROWS, _ROOMY = 64, 24  # of the legend; up to how many each structure that was not found has its own
 _TWO_LINES = 34  # pixels between rows that have room for two lines
 _SEEN = (0.5, 1, 1)  # how much lightness and hue count, as shadows and the slice change how light a colour is
 _NOTHING = "No structure found"
@@ -96,10 +96,12 @@ def write_preview(
     volume, labels = volume.to_axes("LPS"), labels.to_axes("LPS")
     box = foreground_box(labels.array) or tuple(slice(size // 2, size // 2 + 1) for size in labels.array.shape)
     counts = _areas(labels.array[box], 0, max(structures, default=0) + 1).sum(axis=0)
-    found = {value: item for value, item in _told_apart(structures).items() if counts[value]}
+    items = _told_apart(structures)
+    found = {value: item for value, item in items.items() if counts[value]}
     picture = np.full((_HEIGHT, _WIDTH, 3), _PAGE, np.float32)
     _draw_frame(picture, volume, title)
-    _draw_legend(picture, [(item, counts[value] * labels.grid.voxel_ml) for value, item in found.items()], flags)
+    rows = [(item, counts[value] * labels.grid.voxel_ml) for value, item in found.items()]
+    _draw_legend(picture, rows, [item.name for value, item in items.items() if value not in found], flags)
     sample = _sample(labels, box)
     low, high = _window(volume)
     flat = min(volume.array.shape) < _FEW
@@ -167,7 +169,7 @@ def write_synthesis(path: str | os.PathLike[str], synthesiser: Synthesiser) -> N
         draw_text(picture, expert * height + _HEAD // 2, _GAP, title, 17, bold=True)
         for column, example in enumerate(synthesiser.examples(expert, _EXAMPLES)):
             left = _GAP + column * step
-            draw_text(picture, top - _NAME // 2, left, example.name, 12, _MUTED, room=_SMALL)
+            draw_text(picture, top - _NAME // 2, left, example.atlas, 12, _MUTED, room=_SMALL)
             for first, values in ((top, []), (top + step, np.intersect1d(example.labels, list(items)))):
                 panel = picture[first : first + _SMALL, left : left + _SMALL]
                 panel[:] = resize(example.image, panel.shape[:2], order=1)[..., None]
@@ -350,7 +352,9 @@ def _draw_frame(picture: Floats, volume: Volume, title: str) -> None:
     draw_text(picture, _HEIGHT - 24, _MARGIN, "Research use only; not a medical device", 15, _MUTED)
 
 
-def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]], flags: Mapping[str, Sequence[str]]) -> None:
+def _draw_legend(
+    picture: Floats, rows: list[tuple[Structure, float]], missing: list[str], flags: Mapping[str, Sequence[str]]
+) -> None:
     left, right = _WIDTH - _MARGIN - _LEGEND + 28, _WIDTH - _MARGIN
     if not rows:
         draw_text(picture, _TOP + 14, left, _NOTHING, 24, _LETTER, bold=True)
@@ -360,10 +364,16 @@ def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]], flags: Ma
     draw_text(picture, _TOP + 14, right, "Volume", 16, _MUTED, align="right")
     picture[_TOP + 36, left:right] = _RULE
     shown = rows if len(rows) <= _ROWS else rows[: _ROWS - 1]
-    pitch = min(38, (_HEIGHT - _MARGIN - _TOP - 48) / (len(shown) + (len(rows) > len(shown))))
+    also = missing if len(rows) + len(missing) <= _ROOMY or not missing else [f"{len(missing)} others"]
+    pitch = min(38, (_HEIGHT - _MARGIN - _TOP - 48) / (len(shown) + max(len(also), len(rows) > len(shown))))
     size = min(19, int(pitch * 0.78))
     if len(rows) > len(shown):
         draw_text(picture, _HEIGHT - _MARGIN - 8, left, f"and {len(rows) - len(shown)} more", size, _MUTED)
+        also = []
+    for n, name in enumerate(also, start=len(shown)):
+        row = round(_TOP + 48 + pitch * (n + 0.5))
+        width = draw_text(picture, row, right, "not found", size, _MUTED, "right")
+        draw_text(picture, row, left + 30, name, size, _MUTED, room=right - left - 46 - width)
     for n, (item, volume_ml) in enumerate(shown):
         row = round(_TOP + 48 + pitch * (n + 0.5))
         draw_dot(picture, row, left + 8, min(8, 0.36 * pitch), item.color)
@@ -371,8 +381,8 @@ def _draw_legend(picture: Floats, rows: list[tuple[Structure, float]], flags: Ma
         width = draw_text(picture, row, right, amount, size, _MUTED, "right")
         room, words = right - left - 46 - width, ", ".join(flags.get(item.key, ()))
         if words and pitch >= _TWO_LINES:
-            draw_text(picture, row + 12, left + 30, words, 13, _LETTER, room=room)
-            row -= 6
+            draw_text(picture, row + 9, left + 30, words, 13, _LETTER, room=room)
+            row -= 8
         draw_text(picture, row, left + 30, item.name, size, _LETTER if words else INK, room=room)
 
 

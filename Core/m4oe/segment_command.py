@@ -165,6 +165,8 @@ def _sum_up(outcomes: Counter[str], total: int, options: argparse.Namespace, voi
     """Says what came of all inputs, and gives back the exit code."""
     done, there = outcomes["done"], outcomes["there"]
     skipped, failed = there + outcomes["skipped"] + outcomes["label map"], total - done - there - outcomes["skipped"]
+    if there:
+        voice.say(f"{there} of the {total} had their results already")
     where = f"; results are in {options.output}" if done + there else ""
     voice.result(f"{done} done, {skipped} skipped, {failed} failed{where}")
     voice.event("end", done=done, failed=failed, skipped=skipped)

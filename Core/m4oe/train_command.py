@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +67,7 @@ def add_train_command(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> int:
     from .train_report import write_report
     from .training.estimate import estimate
-    from .training.loop import train
+    from .training.loop import check_run, train
     from .training.ranks import joined_ranks, local_device
     from .training.score import score_model
     from .training.start import check_start
@@ -80,8 +79,11 @@ def _train(options: argparse.Namespace) -> int:
     prepare_folder(options.output)
     device = local_device() if options.device == "auto" else options.device
     with joined_ranks() as ranks, _listener(options) as emit:
-        logged = partial(_log, options.output, emit) if ranks.rank == 0 and not options.estimate else emit
+        logged = _Log(options.output, emit, ranks.rank == 0 and not options.estimate)
         job = _phantom_job(options, logged) if options.phantoms else _plan_job(options, ranks, logged)
+        if not options.estimate:
+            check_run(options.output, job.config, job.data, job.start)
+        logged.write()
         if job.data.atlases and ranks.rank == 0:
             _write_synthesis(options.output / SYNTHESIS, job, logged)
         if options.estimate:
@@ -101,11 +103,30 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _log(folder: Path, emit: Emit, event: Mapping[str, Any]) -> None:
-    """Tells of an event that is not of the loop, which writes its own into the same file."""
-    with (folder / EVENTS).open("a", encoding="utf-8") as log:
-        log.write(json.dumps(event) + "\n")
-    emit(event)
+class _Log:
+    """Tells of events, and writes those that are not of the loop into the run's file, as the loop does its own.
+
+    Those of a folder whose run had begun wait: it may be another run, which is refused when the data are known.
+    """
+
+    def __init__(self, folder: Path, emit: Emit, writes: bool) -> None:
+        self.path, self.emit, self.writes = folder / EVENTS, emit, writes
+        self.waits = (folder / "data.sha256").exists()
+        self.waiting: list[Mapping[str, Any]] = []
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        self.waiting.append(event)
+        if not self.waits:
+            self.write()
+        self.emit(event)
+
+    def write(self) -> None:
+        """Writes what has waited; from now on nothing waits."""
+        self.waits = False
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as log:
+                log.writelines(json.dumps(event) + "\n" for event in self.waiting)
+        self.waiting.clear()
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -134,7 +155,7 @@ def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
     config = _with_options(QUICK if options.quick else DEMO, options)
     each, unseen = (8, 2) if options.quick else (60, 5)
     each = 1 if options.estimate else each
-    _tell(emit, config, MODALITIES, each * len(MODALITIES))
+    _begin(options, emit, config, MODALITIES, each * len(MODALITIES))
     data = phantom_data(config, each, emit)
     return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data.spec.structures))
 
@@ -150,20 +171,29 @@ def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
         plan = _plan(options, ranks.rank == 0)
         if not options.add_modality:
             config = plan_config(config, plan, options.synthesise)
-            _tell(emit, config, planned_experts(plan, options.synthesise), len(plan.cases("train")))
+            experts = planned_experts(plan, options.synthesise)
+            _begin(options, emit, config, experts, len(plan.cases("train")))
             start = _start(options, config, plan.structures)
             data = plan_data(config, plan, cache, emit, None, options.scheduler, options.synthesise)
             return _Job(config, data, held_back(plan, data.spec), start)
         model = find_model(options.model or DEFAULT_MODEL)
         config = addition_config(config, read_spec(model))
         spec = addition_spec(config, plan, read_spec(model), options.add_modality)
-        _tell(emit, config, [options.add_modality], len(plan.cases("train")))
+        _begin(options, emit, config, [options.add_modality], len(plan.cases("train")))
         data = plan_data(config, plan, cache, emit, spec, options.scheduler)
         return _Job(config, data, held_back(plan, data.spec), start_addition(model, data))
 
 
-def _tell(emit: Emit, config: TrainConfig, experts: Iterable[str], cases: int) -> None:
-    """Says what is trained before the cases are prepared, which may take long."""
+def _begin(options: argparse.Namespace, emit: Emit, config: TrainConfig, experts: Iterable[str], cases: int) -> None:
+    """Says what is trained before the cases are prepared, which may take long, and refuses another run's folder.
+
+    Raises:
+        ValueError: The folder holds a run of another configuration.
+    """
+    from .training.loop import check_run
+
+    if not options.estimate:
+        check_run(options.output, config)
     steps = config.steps_before(len(config.stages))
     emit({"event": "training", "experts": list(experts), "cases": cases, "steps": steps})
 

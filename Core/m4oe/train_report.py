@@ -18,6 +18,7 @@ from .page import BOTTOM, TOP, WIDTH, axis_over, number, small, structure_cell, 
 from .predictor import Predictor
 from .preview import write_preview
 from .spec import ModelSpec, read_spec
+from .terminal import count
 from .training.cache import CaseSource
 from .training.score import CaseResult
 
@@ -30,7 +31,7 @@ _TITLES = {
 }
 
 
-_TOLD = ("stages", "scored_on_validation")  # in other words
+_TOLD = ("stages", "scored_cases", "scored_on_validation")  # in other words
 _METRICS = (("dice", "Dice", 3), ("nsd", "Normalised surface Dice", 3), ("hd95_mm", "HD95 (mm)", 1))
 
 
@@ -62,9 +63,7 @@ def write_report(
         _facts(spec, events),
         "<h2>Course</h2>",
         f'<div class="plots">{"".join(_plots(events))}</div>',
-        f"<h2>Scores on {len(results)} cases</h2><p>{_where_from(results)}</p>",
-        _score_tables(results),
-        _gate_table(spec, results),
+        _scores(spec, results),
         *_pictures(Predictor(model, device), results, sources),
     ]
     write_page(path, f"Training of {spec.name}", parts)
@@ -103,7 +102,7 @@ def _facts(spec: ModelSpec, events: Sequence[Event]) -> str:
 
 
 def _stage(name: str, steps: int, rate: float) -> str:
-    return f"{name} {steps} steps, learning rate {rate:g}"
+    return f"{name} {count(steps, 'step')}, learning rate {rate:g}"
 
 
 # Curves
@@ -167,6 +166,13 @@ def _plot(title: str, curves: Sequence[_Curve], borders: Iterable[float], highes
 
 
 # Scores
+
+
+def _scores(spec: ModelSpec, results: Sequence[CaseResult]) -> str:
+    if not results:
+        return "<h2>Scores</h2><p>There are none: no case was kept from training.</p>"
+    head = f"<h2>Scores on {count(len(results), 'case')}</h2><p>{_where_from(results)}</p>"
+    return head + _score_tables(results) + _gate_table(spec, results)
 
 
 def _where_from(results: Sequence[CaseResult]) -> str:

@@ -142,6 +142,16 @@ def test_the_legend_lists_what_is_there(tmp_path: Path, air: Volume, liver: Volu
     assert not (legend == other).all(axis=2).any()
 
 
+def test_the_legend_tells_what_was_not_found(tmp_path: Path, air: Volume, liver: Volume) -> None:
+    def second_row(keys: dict[int, str]) -> int:
+        return np.ptp(draw(tmp_path, air, liver, keys)[220:246, 1580:1872], axis=(0, 1)).max()
+
+    assert second_row(LIVER) == 0
+    assert second_row(LIVER | {2: "spleen"}) > 60
+    many = dict(enumerate(list(catalogue())[:40], start=2))
+    assert second_row(LIVER | {value: key for value, key in many.items() if key != "liver"}) > 60
+
+
 def test_organs_have_colours_that_can_be_told_apart(tmp_path: Path, air: Volume) -> None:
     labels = np.zeros(air.array.shape, np.uint8)
     labels[5, 5, 5:18] = range(1, 14)

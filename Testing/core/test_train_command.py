@@ -147,6 +147,22 @@ def test_the_same_command_again_trains_no_more_and_reports_anew(
     assert (base / "events.jsonl").read_text(encoding="utf-8").count('"event": "step"') == steps
 
 
+def test_what_is_refused_leaves_the_run_of_the_folder_as_it_was(tmp_path: Path, capsys: Captured) -> None:
+    data, run = a_data_set(tmp_path / "set", "ct"), tmp_path / "run"
+    command = ["train", str(data), "--synthesise", "-o", str(run)]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert main([*command, "--seed", "1"]) == 2
+    assert "another configuration (seed 0, now 1)" in capsys.readouterr().err
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    plan["splits"]["set/ct_1"] = "train"
+    (tmp_path / "other.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert main(["train", str(tmp_path / "other.json"), *command[2:]]) == 2
+    assert "holds a run on other data" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
 def test_events_are_lines_of_text_or_of_json(tmp_path: Path, capsys: Captured) -> None:
     data = str(a_data_set(tmp_path / "set", "ct"))
     assert main(["train", data, "-o", str(tmp_path / "text")]) == 0

@@ -101,3 +101,9 @@ def test_scores_of_the_cases_that_chose_the_weights_are_called_so() -> None:
     chosen = [replace(result, chose_weights=result.expert == "mr") for result in RESULTS]
     assert train_report._where_from(chosen).startswith("There was no test patient of mr: scored are the validation")
     assert train_report._where_from(chosen[2:]).startswith("There was no test patient: scored are the validation")
+
+
+def test_a_report_without_scores_says_so() -> None:
+    assert cells(train_report._scores(SPEC, [])) == []
+    assert "no case was kept from training" in train_report._scores(SPEC, [])
+    assert train_report._scores(SPEC, RESULTS[:1]).startswith("<h2>Scores on 1 case</h2>")

@@ -143,6 +143,26 @@ def train(
     return model
 
 
+def check_run(
+    folder: Path, config: TrainConfig, data: TrainingData | None = None, start: MoESwinUNet | None = None
+) -> None:
+    """Looks whether training could begin in a folder or go on there; without `data` at the configuration alone.
+
+    Raises:
+        ValueError: The folder holds a run of another configuration or on other data.
+    """
+    differences = _differences(folder / "config.json", config)
+    if differences is not None:
+        raise ValueError(
+            f"{folder} holds a run of another configuration{differences}; choose another folder or repeat its options"
+        )
+    path = folder / "data.sha256"
+    if data and path.exists() and path.read_text(encoding="utf-8") != _fingerprint(data, start):
+        raise ValueError(
+            f"{folder} holds a run on other data; choose another folder or give it the same data and start again"
+        )
+
+
 @contextmanager
 def _events(
     config: TrainConfig,
@@ -156,9 +176,11 @@ def _events(
     if ranks.rank > 0:
         yield lambda event: None
         return
-    other = f"of another configuration{_differences(folder / 'config.json', config)}"
-    _keep(folder / "config.json", config.to_json(), other, "repeat its options")
-    _keep(folder / "data.sha256", _fingerprint(data, start), "on other data", "give it the same data and start again")
+    check_run(folder, config, data, start)
+    for name, text in (("config.json", config.to_json()), ("data.sha256", _fingerprint(data, start))):
+        if not (folder / name).exists():
+            with atomic_write(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     path = folder / "events.jsonl"
     cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", buffering=1, encoding="utf-8") as log:
@@ -171,20 +193,11 @@ def _events(
         yield emit
 
 
-def _keep(path: Path, text: str, other: str, cure: str) -> None:
-    """Writes what a run is, or refuses to go on with another one."""
-    if not path.exists():
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path.parent} holds a run {other}; choose another folder or {cure}")
-
-
-def _differences(path: Path, config: TrainConfig) -> str:
-    """Where the configuration in a file is another one, such as " (stages; seed 0, now 1)"."""
-    if not path.exists():
-        return ""
-    old, new = (json.loads(text) for text in (path.read_text(encoding="utf-8"), config.to_json()))
+def _differences(path: Path, config: TrainConfig) -> str | None:
+    """Where the configuration in a file is another one, such as " (stages; seed 0, now 1)"; None where it is not."""
+    if not path.exists() or (text := path.read_text(encoding="utf-8")) == config.to_json():
+        return None
+    old, new = json.loads(text), json.loads(config.to_json())
     found = [
         key if isinstance(value, (list, dict)) else f"{key} {old.get(key)}, now {value}"
         for key, value in new.items()

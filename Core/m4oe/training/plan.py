@@ -186,11 +186,16 @@ def read_plan(path: Path) -> Plan:
         version = values["m4oe_plan"]
         if version > FORMAT_VERSION:
             raise ValueError(f"its format {version} is newer than {FORMAT_VERSION}, the newest this m4oe reads")
-        return Plan(
+        plan = Plan(
             tuple(values["structures"]),
             tuple(_dataset(entry, values["labellings"]) for entry in values["datasets"]),
             *(values[key] for key in ("splits", "left_out", "seed", "val", "test")),
         )
+        for dataset in plan.datasets:
+            for case in dataset.cases:
+                if f"{dataset.name}/{case.patient}" not in plan.splits:
+                    raise ValueError(f"the patient {case.patient} of {dataset.name} is in no split")
+        return plan
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); expected a plan of m4oe data plan") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:

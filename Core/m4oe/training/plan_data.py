@@ -23,7 +23,7 @@ from .plan import Plan, check_experts
 
 _INTENSITY = {"CT": IntensityRule("window", -160, 240), "MR": IntensityRule("percentile", 0.5, 99.5)}
 _NEGATIVES, _NEGATIVE_SHARE = 6, 0.06  # bodies without structures, and how often they are drawn
-_LIMITS = "Research use, not a medical device. It was scored on few cases of the same data sets: check its results."
+_LIMITS = "Research use, not a medical device. It was scored on {}: check its results."
 
 
 def plan_config(config: TrainConfig, plan: Plan, synthesise: bool = False) -> TrainConfig:
@@ -139,6 +139,7 @@ def _expert(case: CaseFiles) -> str:
 
 
 def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:
+    cases, kept = len(plan.cases("train")), [*plan.cases("val"), *plan.cases("test")]
     experts = tuple(ExpertSpec(name, modality) for name, modality in planned_experts(plan, synthesise).items())
     return ModelSpec(
         name=config.name,
@@ -151,10 +152,10 @@ def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:
         crop=config.crop,
         slice_mm=config.slice_mm,
         description=f"Trained on {', '.join(dataset.name for dataset in plan.datasets)}.",
-        limits=_LIMITS,
+        limits=_LIMITS.format("few cases of the same data sets" if kept else "no case"),
         licence="; ".join(dict.fromkeys(d.licence for d in plan.datasets if d.licence)) or "that of its training data",
         training={
-            "data": f"{len(plan.cases('train'))} cases of {', '.join(d.name for d in plan.datasets)}"
+            "data": f"{cases} {'case' if cases == 1 else 'cases'} of {', '.join(d.name for d in plan.datasets)}"
             + synthesise * f", their label maps drawn as {', '.join(expert.name for expert in experts)}",
             "date": date.today().isoformat(),
             "stages": [[stage.name, stage.steps, stage.learning_rate] for stage in config.stages],

@@ -65,7 +65,7 @@ _TEXTURE = torch.tensor([tissue.texture for tissue in TISSUES.values()])
 class Example(NamedTuple):
     """A synthetic image."""
 
-    name: str  # of the label map, and its contrast
+    atlas: str  # name of the label map
     image: NDArray[np.float32]  # [H, W] in [0, 1]
     labels: NDArray[np.uint8]  # [H, W]
 
@@ -258,7 +258,13 @@ class Synthesiser:
         for number in range(count):
             crop = self.draw(expert, np.random.default_rng([expert, number]))
             image_HW = crop.images_BSHW[0, crop.images_BSHW.shape[1] // 2]
-            found.append(Example(crop.names[0], image_HW.float().cpu().numpy(), crop.labels_BHW[0].cpu().numpy()))
+            found.append(
+                Example(
+                    crop.names[0].rpartition(" as ")[0],
+                    image_HW.float().cpu().numpy(),
+                    crop.labels_BHW[0].cpu().numpy(),
+                )
+            )
         return found
 
 
