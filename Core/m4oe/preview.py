@@ -35,7 +35,7 @@ _SKY, _GROUND = (0.125, 0.15, 0.19), (0.03, 0.036, 0.048)  # behind the surfaces
 _CT_RULE, _MR_RULE = IntensityRule("window", -160, 240), IntensityRule("percentile", 0.5, 99.5)
 _DARK, _THIN = 0.07, 0.04  # brightness of air at most; what no body is thinner than, of the longer side of a slice
 _FEW = 4  # slices that leave nothing to see across them
-_ROWS, _ROOMY = 64, 24  # of the legend; up to how many each structure that was not found has its own
+_ROWS, _ROOMY = 64, 22  # of the legend; up to how many each structure that was not found has its own
 _TWO_LINES = 34  # pixels between rows that have room for two lines
 _SEEN = (0.5, 1, 1)  # how much lightness and hue count, as shadows and the slice change how light a colour is
 _NOTHING = "No structure found"
@@ -71,6 +71,7 @@ def write_preview(
     structures: Mapping[int, str],
     title: str,
     flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    asked: Collection[str] = (),
 ) -> None:
     """Writes a PNG of 1920 x 1080 pixels that shows `labels` on `volume`.
 
@@ -83,6 +84,7 @@ def write_preview(
         labels: Whole numbers on the grid of `volume`.
         structures: Label value to structure key; other values are not drawn.
         flags: What to check, by structure, for the legend.
+        asked: Structures that were looked for; the legend tells which of them were not found.
 
     Raises:
         ValueError: The grids differ, or a key is unknown.
@@ -101,7 +103,8 @@ def write_preview(
     picture = np.full((_HEIGHT, _WIDTH, 3), _PAGE, np.float32)
     _draw_frame(picture, volume, title)
     rows = [(item, counts[value] * labels.grid.voxel_ml) for value, item in found.items()]
-    _draw_legend(picture, rows, [item.name for value, item in items.items() if value not in found], flags)
+    missing = [item.name for value, item in items.items() if value not in found and item.key in asked]
+    _draw_legend(picture, rows, missing, flags)
     sample = _sample(labels, box)
     low, high = _window(volume)
     flat = min(volume.array.shape) < _FEW
@@ -364,15 +367,14 @@ def _draw_legend(
     draw_text(picture, _TOP + 14, right, "Volume", 16, _MUTED, align="right")
     picture[_TOP + 36, left:right] = _RULE
     shown = rows if len(rows) <= _ROWS else rows[: _ROWS - 1]
-    also = missing if len(rows) + len(missing) <= _ROOMY or not missing else [f"{len(missing)} others"]
-    pitch = min(38, (_HEIGHT - _MARGIN - _TOP - 48) / (len(shown) + max(len(also), len(rows) > len(shown))))
+    last = [(f"and {len(rows) - len(shown)} more", "")] if len(shown) < len(rows) else []
+    listed = len(missing) == 1 or len(rows) + len(missing) <= _ROOMY
+    last += [(name, "not found") for name in (missing if listed else [f"{len(missing)} others"] if missing else [])]
+    pitch = min(38, (_HEIGHT - _MARGIN - _TOP - 48) / (len(shown) + len(last)))
     size = min(19, int(pitch * 0.78))
-    if len(rows) > len(shown):
-        draw_text(picture, _HEIGHT - _MARGIN - 8, left, f"and {len(rows) - len(shown)} more", size, _MUTED)
-        also = []
-    for n, name in enumerate(also, start=len(shown)):
+    for n, (name, state) in enumerate(last, start=len(shown)):
         row = round(_TOP + 48 + pitch * (n + 0.5))
-        width = draw_text(picture, row, right, "not found", size, _MUTED, "right")
+        width = draw_text(picture, row, right, state, size, _MUTED, "right")
         draw_text(picture, row, left + 30, name, size, _MUTED, room=right - left - 46 - width)
     for n, (item, volume_ml) in enumerate(shown):
         row = round(_TOP + 48 + pitch * (n + 0.5))

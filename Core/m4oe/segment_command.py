@@ -166,7 +166,7 @@ def _sum_up(outcomes: Counter[str], total: int, options: argparse.Namespace, voi
     done, there = outcomes["done"], outcomes["there"]
     skipped, failed = there + outcomes["skipped"] + outcomes["label map"], total - done - there - outcomes["skipped"]
     if there:
-        voice.say(f"{there} of the {total} had their results already")
+        voice.say(f"results were there already: {there} of {total}")
     where = f"; results are in {options.output}" if done + there else ""
     voice.result(f"{done} done, {skipped} skipped, {failed} failed{where}")
     voice.event("end", done=done, failed=failed, skipped=skipped)
@@ -477,7 +477,8 @@ def draw(
     from .preview import write_preview
 
     title = f"{name}   {report.model}   {_experts(report)}"
-    write_preview(options.output / f"{name}.png", volume, labels, predictor.spec.label_keys, title, report.flags)
+    path, keys = options.output / f"{name}.png", predictor.spec.label_keys
+    write_preview(path, volume, labels, keys, title, report.flags, report.volumes_ml)
 
 
 # The tables

@@ -94,7 +94,7 @@ def progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
 def score_table(spec: ModelSpec) -> str:
     """Dice by structure and expert, as text."""
     if not any(spec.scores.values()):
-        return "Not scored: no case was kept from training."
+        return "Not scored."
     width = max(10, *(len(name) + 2 for name in spec.expert_names))
     cases = "computer-made phantoms" if "phantom" in str(spec.training.get("data")) else "cases"
     validated = spec.training.get("scored_on_validation", ())

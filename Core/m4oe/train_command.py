@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +80,11 @@ def _train(options: argparse.Namespace) -> int:
     prepare_folder(options.output)
     device = local_device() if options.device == "auto" else options.device
     with joined_ranks() as ranks, _listener(options) as emit:
-        logged = _Log(options.output, emit, ranks.rank == 0 and not options.estimate)
+        logged = partial(_log, options.output, emit) if ranks.rank == 0 and not options.estimate else emit
         job = _phantom_job(options, logged) if options.phantoms else _plan_job(options, ranks, logged)
         if not options.estimate:
             check_run(options.output, job.config, job.data, job.start)
-        logged.write()
-        if job.data.atlases and ranks.rank == 0:
+        if job.data.atlases and ranks.rank == 0 and not (options.estimate and _has_run(options.output)):
             _write_synthesis(options.output / SYNTHESIS, job, logged)
         if options.estimate:
             found = estimate(job.config, job.data, device, job.start)
@@ -99,34 +99,22 @@ def _train(options: argparse.Namespace) -> int:
             results = score_model(model, job.held_back, logged, device, job.data.validation)
             report = write_report(options.output, results, job.held_back, device)
             logged({"event": "finished", "model": str(model), "report": str(report)})
+            if not job.held_back:
+                say("m4oe: warning: no case was kept from training to score the model on: put some into test or val")
             print(f"\n{score_table(read_spec(model))}\n\nmodel: {model}\nreport: {report}")
     return 0
 
 
-class _Log:
-    """Tells of events, and writes those that are not of the loop into the run's file, as the loop does its own.
+def _has_run(folder: Path) -> bool:
+    """Whether a training has begun there."""
+    return (folder / "data.sha256").exists()
 
-    Those of a folder whose run had begun wait: it may be another run, which is refused when the data are known.
-    """
 
-    def __init__(self, folder: Path, emit: Emit, writes: bool) -> None:
-        self.path, self.emit, self.writes = folder / EVENTS, emit, writes
-        self.waits = (folder / "data.sha256").exists()
-        self.waiting: list[Mapping[str, Any]] = []
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        self.waiting.append(event)
-        if not self.waits:
-            self.write()
-        self.emit(event)
-
-    def write(self) -> None:
-        """Writes what has waited; from now on nothing waits."""
-        self.waits = False
-        if self.writes:
-            with self.path.open("a", encoding="utf-8") as log:
-                log.writelines(json.dumps(event) + "\n" for event in self.waiting)
-        self.waiting.clear()
+def _log(folder: Path, emit: Emit, event: Mapping[str, Any]) -> None:
+    """Tells of an event that is not of the loop, which writes its own into the same file."""
+    with (folder / EVENTS).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(event) + "\n")
+    emit(event)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -155,7 +143,8 @@ def _phantom_job(options: argparse.Namespace, emit: Emit) -> _Job:
     config = _with_options(QUICK if options.quick else DEMO, options)
     each, unseen = (8, 2) if options.quick else (60, 5)
     each = 1 if options.estimate else each
-    _begin(options, emit, config, MODALITIES, each * len(MODALITIES))
+    _check_configuration(options, config)
+    _tell(emit, config, MODALITIES, each * len(MODALITIES))
     data = phantom_data(config, each, emit)
     return _Job(config, data, unseen_phantoms(unseen), _start(options, config, data.spec.structures))
 
@@ -171,29 +160,34 @@ def _plan_job(options: argparse.Namespace, ranks: Ranks, emit: Emit) -> _Job:
         plan = _plan(options, ranks.rank == 0)
         if not options.add_modality:
             config = plan_config(config, plan, options.synthesise)
-            experts = planned_experts(plan, options.synthesise)
-            _begin(options, emit, config, experts, len(plan.cases("train")))
+            _check_configuration(options, config)
+            _tell(emit, config, planned_experts(plan, options.synthesise), len(plan.cases("train")))
             start = _start(options, config, plan.structures)
             data = plan_data(config, plan, cache, emit, None, options.scheduler, options.synthesise)
             return _Job(config, data, held_back(plan, data.spec), start)
         model = find_model(options.model or DEFAULT_MODEL)
         config = addition_config(config, read_spec(model))
         spec = addition_spec(config, plan, read_spec(model), options.add_modality)
-        _begin(options, emit, config, [options.add_modality], len(plan.cases("train")))
+        _check_configuration(options, config)
+        _tell(emit, config, [options.add_modality], len(plan.cases("train")))
         data = plan_data(config, plan, cache, emit, spec, options.scheduler)
         return _Job(config, data, held_back(plan, data.spec), start_addition(model, data))
 
 
-def _begin(options: argparse.Namespace, emit: Emit, config: TrainConfig, experts: Iterable[str], cases: int) -> None:
-    """Says what is trained before the cases are prepared, which may take long, and refuses another run's folder.
+def _check_configuration(options: argparse.Namespace, config: TrainConfig) -> None:
+    """Refuses a folder whose run has another configuration, but to an estimate, which leaves it alone.
 
     Raises:
-        ValueError: The folder holds a run of another configuration.
+        ValueError: It has.
     """
     from .training.loop import check_run
 
     if not options.estimate:
         check_run(options.output, config)
+
+
+def _tell(emit: Emit, config: TrainConfig, experts: Iterable[str], cases: int) -> None:
+    """Says what is trained before the cases are prepared, which may take long."""
     steps = config.steps_before(len(config.stages))
     emit({"event": "training", "experts": list(experts), "cases": cases, "steps": steps})
 
@@ -222,7 +216,9 @@ def _plan(options: argparse.Namespace, first: bool) -> Plan:
     named = options.folders[0].is_file() or options.folders[0].suffix == ".json"
     path = options.folders[0] if named else options.output / "plan.json"
     drawn = MODALITIES if options.synthesise else ()
-    begun = (options.output / "data.sha256").exists() and path.exists()
+    begun = _has_run(options.output)
+    if not named and begun and not path.exists():
+        raise ValueError(f"{options.output} holds a run on other data; choose another folder")
     if not named and first and not begun:
         plan_folders(options, path, drawn=drawn)
         return read_plan(path)

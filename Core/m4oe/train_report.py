@@ -63,7 +63,7 @@ def write_report(
         _facts(spec, events),
         "<h2>Course</h2>",
         f'<div class="plots">{"".join(_plots(events))}</div>',
-        _scores(spec, results),
+        _scores(spec, results, len(sources)),
         *_pictures(Predictor(model, device), results, sources),
     ]
     write_page(path, f"Training of {spec.name}", parts)
@@ -168,9 +168,14 @@ def _plot(title: str, curves: Sequence[_Curve], borders: Iterable[float], highes
 # Scores
 
 
-def _scores(spec: ModelSpec, results: Sequence[CaseResult]) -> str:
+def _scores(spec: ModelSpec, results: Sequence[CaseResult], kept: int) -> str:
     if not results:
-        return "<h2>Scores</h2><p>There are none: no case was kept from training.</p>"
+        reason = (
+            f"of {count(kept, 'case')} that were kept from training none could be read"
+            if kept
+            else "no case was kept from training"
+        )
+        return f"<h2>Scores</h2><p>There are none: {reason}.</p>"
     head = f"<h2>Scores on {count(len(results), 'case')}</h2><p>{_where_from(results)}</p>"
     return head + _score_tables(results) + _gate_table(spec, results)
 
@@ -249,10 +254,10 @@ def _likeliest(gate: Mapping[str, float]) -> str:
     return max(gate, key=lambda name: gate[name])
 
 
-def _shaded(count: int, cases: int, right: bool) -> str:
+def _shaded(chosen: int, cases: int, right: bool) -> str:
     color = "46 125 50" if right else "179 38 30"
-    shade = f' style="background: rgb({color} / {0.6 * count / cases:.2f})"' if count else ""
-    return f'<span class="cell"{shade}>{count}</span>'
+    shade = f' style="background: rgb({color} / {0.6 * chosen / cases:.2f})"' if chosen else ""
+    return f'<span class="cell"{shade}>{chosen}</span>'
 
 
 # Pictures

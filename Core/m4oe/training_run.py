@@ -42,6 +42,7 @@ class _Facts:
         wish: "", "pause" or "stop": what the user asked for.
         asked: When that was, in seconds since 1970.
         logged: Bytes of the log that are of earlier attempts.
+        told: Bytes of the events that are.
     """
 
     command: tuple[str, ...]
@@ -50,6 +51,7 @@ class _Facts:
     wish: str = ""
     asked: float = 0.0
     logged: int = 0
+    told: int = 0
 
 
 class Run:
@@ -162,7 +164,7 @@ class Run:
     def _last_event(self) -> str:
         try:
             with (self.folder / EVENTS).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 8 * _TAIL_BYTES))
+                file.seek(max(self._facts().told, file.seek(0, os.SEEK_END) - 8 * _TAIL_BYTES))
                 events = [event for event in map(_event, file.read().splitlines()) if event]
         except OSError:
             return ""
@@ -227,13 +229,14 @@ def start_run(folder: Path | str, command: Sequence[str], environment: Mapping[s
         (folder / PAUSE).unlink(missing_ok=True)
         log = (folder / _LOG).open("ab")
         logged = log.tell()
+        told = (folder / EVENTS).stat().st_size if (folder / EVENTS).exists() else 0
     except OSError as error:
         raise _cannot_write(folder, error) from error
     with log:
         process = _detached(command, {**(os.environ if environment is None else environment)}, log)
     _children.append(process)
     try:
-        _write(folder, _Facts(tuple(command), process.pid, process_birth(process.pid), logged=logged))
+        _write(folder, _Facts(tuple(command), process.pid, process_birth(process.pid), logged=logged, told=told))
     except OSError:
         _kill_tree(process.pid)  # a run without its record would go on where nobody finds it
         process.wait()

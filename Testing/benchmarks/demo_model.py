@@ -2,7 +2,7 @@
 
     python Testing/benchmarks/demo_model.py DATA -o OUT
     python Testing/benchmarks/demo_model.py DATA --score MODEL...
-    torchrun --nproc-per-node 2 Testing/benchmarks/demo_model.py DATA -o OUT    (a process for each core or GPU)
+    torchrun --nproc-per-node 2 Testing/benchmarks/demo_model.py DATA -o OUT    (two GPUs; two images of each expert)
 
 DATA is a folder with the volumes and label maps named below; their licences are in the model's description. What came
 of it, and how it got there, is told in Docs/demo-model.md.
@@ -32,7 +32,7 @@ from m4oe.training.atlas import Atlas, load_atlas, negative_atlas
 from m4oe.training.cases import CaseFiles, load_case
 from m4oe.training.config import DEMO, Stage, TrainConfig
 from m4oe.training.data import Case, make_case
-from m4oe.training.loop import TrainingData, train
+from m4oe.training.loop import TrainingData, check_run, train
 from m4oe.training.phantom import STRUCTURES
 from m4oe.training.phantom_data import phantom_data, unseen_phantoms
 from m4oe.training.ranks import Ranks, joined_ranks, local_device
@@ -258,13 +258,15 @@ def train_demo(options: argparse.Namespace, ranks: Ranks) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     mixture = bool(options.init) and ":" not in options.init
     config = replace(demo_config(options.length, mixture), seed=options.seed)
+    check_run(options.output, config)
     data = demo_data(options.data, config)
-    if ranks.rank == 0:
-        synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
-        write_synthesis(options.output / "synthesis.png", synthesiser)
     start = None
     if options.init:
         start = load_model(Path(options.init))[0] if mixture else start_network(options.init, config, STRUCTURES)
+    check_run(options.output, config, data, start)
+    if ranks.rank == 0:
+        synthesiser = Synthesiser(data.spec, data.atlases, config.images, config.crop, config.seed)
+        write_synthesis(options.output / "synthesis.png", synthesiser)
     model = train(config, data, options.output, say, ranks, options.device, start)
     if ranks.rank == 0:
         score_model(model, unseen_phantoms(UNSEEN), say, options.device)

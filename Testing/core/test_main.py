@@ -790,7 +790,7 @@ def test_scores_on_phantoms_are_called_so_and_their_cases_counted(model: Path) -
 
 
 def test_a_model_that_was_scored_on_nobody_says_so(model: Path) -> None:
-    assert score_table(replace(read_spec(model), scores={})) == "Not scored: no case was kept from training."
+    assert score_table(replace(read_spec(model), scores={})) == "Not scored."
 
 
 def test_info_shows_limits_and_scores(model: Path, capsys: Captured) -> None:

@@ -243,11 +243,14 @@ def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
         read_plan(tmp_path / "none.json")
 
 
-def test_a_patient_in_no_split_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "split"), [('"name": "s"', '"name": "r"', "None"), ('": "train"', '": "Train"', "'Train'")]
+)
+def test_a_patient_in_no_known_split_is_told(old: str, new: str, split: str, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", planned(a_set("s")))
-    text = (tmp_path / "plan.json").read_text(encoding="utf-8").replace('"name": "s"', '"name": "renamed"')
+    text = (tmp_path / "plan.json").read_text(encoding="utf-8").replace(old, new)
     (tmp_path / "plan.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no training plan \(the patient c0 of renamed is in no split\)"):
+    with pytest.raises(ValueError, match=rf"/c\d the split {split}; expected one of train, val, test"):
         read_plan(tmp_path / "plan.json")
 
 

@@ -151,7 +151,7 @@ def test_resume_does_only_what_is_missing(segment: Segment, tmp_path: Path, caps
     assert told == [("skipped", "a"), ("case", "b"), ("done", "b"), ("skipped", "c"), ("end", None)]
     assert segment(*inputs, "--resume") == 0
     said = capsys.readouterr()
-    assert said.out.startswith("0 done, 3 skipped, 0 failed") and "3 of the 3 had their results already\n" in said.err
+    assert said.out.startswith("0 done, 3 skipped, 0 failed") and "results were there already: 3 of 3\n" in said.err
 
 
 @pytest.mark.parametrize("option", [("--expert", "mr"), ("--structures", "liver"), ("--format", "mha"), ("--preview",)])

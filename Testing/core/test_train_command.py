@@ -151,16 +151,32 @@ def test_what_is_refused_leaves_the_run_of_the_folder_as_it_was(tmp_path: Path, 
     data, run = a_data_set(tmp_path / "set", "ct"), tmp_path / "run"
     command = ["train", str(data), "--synthesise", "-o", str(run)]
     assert main(command) == 0
-    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+    before = files()
     capsys.readouterr()
     assert main([*command, "--seed", "1"]) == 2
     assert "another configuration (seed 0, now 1)" in capsys.readouterr().err
+    assert main([*command, "--seed", "1", "--estimate"]) == 0 and files() == before
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     plan["splits"]["set/ct_1"] = "train"
     (tmp_path / "other.json").write_text(json.dumps(plan), encoding="utf-8")
     assert main(["train", str(tmp_path / "other.json"), *command[2:]]) == 2
     assert "holds a run on other data" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert files() == before | {"events.jsonl": files()["events.jsonl"]}
+    (run / "plan.json").unlink()
+    assert main(command) == 2 and not (run / "plan.json").exists()
+
+
+def test_a_run_that_keeps_no_case_is_not_scored_and_says_so(tmp_path: Path, capsys: Captured) -> None:
+    table = a_data_set(tmp_path / "set", "ct") / "cases.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("val", "train").replace("test", "train"), "utf-8")
+    assert main(["train", str(table.parent), "-o", str(tmp_path / "run")]) == 0
+    said, spec = capsys.readouterr(), read_spec(tmp_path / "run" / "model.safetensors")
+    assert "no case was kept from training" in said.err and "\nNot scored.\n" in said.out
+    assert "It was scored on no case" in spec.limits and not any(spec.scores.values())
 
 
 def test_events_are_lines_of_text_or_of_json(tmp_path: Path, capsys: Captured) -> None:

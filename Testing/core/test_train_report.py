@@ -104,6 +104,7 @@ def test_scores_of_the_cases_that_chose_the_weights_are_called_so() -> None:
 
 
 def test_a_report_without_scores_says_so() -> None:
-    assert cells(train_report._scores(SPEC, [])) == []
-    assert "no case was kept from training" in train_report._scores(SPEC, [])
-    assert train_report._scores(SPEC, RESULTS[:1]).startswith("<h2>Scores on 1 case</h2>")
+    assert "no case was kept from training" in train_report._scores(SPEC, [], 0)
+    assert "of 2 cases that were kept from training none could be read" in train_report._scores(SPEC, [], 2)
+    assert cells(train_report._scores(SPEC, [], 2)) == []
+    assert train_report._scores(SPEC, RESULTS[:1], 1).startswith("<h2>Scores on 1 case</h2>")

@@ -96,6 +96,13 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     assert run.last_words() == "begins\nm4oe: error: the disk is full"  # once, although it failed twice
 
 
+def test_a_paused_run_that_cannot_go_on_has_failed(running: Run) -> None:
+    running.pause()
+    assert ended(running) == "paused"
+    again = start_run(running.folder, [sys.executable, "-c", "raise SystemExit('m4oe: error: other data')"])
+    assert ended(again) == "failed" and again.last_words() == "m4oe: error: other data"
+
+
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").touch()
     (tmp_path / "case.nii.gz").touch()

@@ -157,7 +157,7 @@ def check_run(
             f"{folder} holds a run of another configuration{differences}; choose another folder or repeat its options"
         )
     path = folder / "data.sha256"
-    if data and path.exists() and path.read_text(encoding="utf-8") != _fingerprint(data, start):
+    if data is not None and path.exists() and path.read_text(encoding="utf-8") != _fingerprint(data, start):
         raise ValueError(
             f"{folder} holds a run on other data; choose another folder or give it the same data and start again"
         )
@@ -177,8 +177,8 @@ def _events(
         yield lambda event: None
         return
     check_run(folder, config, data, start)
-    for name, text in (("config.json", config.to_json()), ("data.sha256", _fingerprint(data, start))):
-        if not (folder / name).exists():
+    if not (folder / "data.sha256").exists():
+        for name, text in (("config.json", config.to_json()), ("data.sha256", _fingerprint(data, start))):
             with atomic_write(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     path = folder / "events.jsonl"

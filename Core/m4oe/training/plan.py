@@ -191,15 +191,17 @@ def read_plan(path: Path) -> Plan:
             tuple(_dataset(entry, values["labellings"]) for entry in values["datasets"]),
             *(values[key] for key in ("splits", "left_out", "seed", "val", "test")),
         )
-        for dataset in plan.datasets:
-            for case in dataset.cases:
-                if f"{dataset.name}/{case.patient}" not in plan.splits:
-                    raise ValueError(f"the patient {case.patient} of {dataset.name} is in no split")
-        return plan
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); expected a plan of m4oe data plan") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no training plan ({error}); expected one of m4oe data plan") from error
+    for patient in (f"{dataset.name}/{case.patient}" for dataset in plan.datasets for case in dataset.cases):
+        if plan.splits.get(patient) not in SPLITS:
+            raise ValueError(
+                f"{path} gives {patient} the split {plan.splits.get(patient)!r}; expected one of {', '.join(SPLITS)} "
+                "in its splits, or make the plan anew in another file"
+            )
+    return plan
 
 
 # Splits

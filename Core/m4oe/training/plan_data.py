@@ -79,7 +79,7 @@ def addition_spec(config: TrainConfig, plan: Plan, model: ModelSpec, name: str) 
         intensity={**{planned[name]: _INTENSITY[planned[name]]}, **model.intensity},
         description=f"{model.description} With the expert {name} added.".strip(),
         licence="; ".join(dict.fromkeys([model.licence, *(d.licence for d in plan.datasets)])).strip("; "),
-        training={**model.training, f"of {name}": f"{len(mine)} cases of {sets}, {date.today().isoformat()}"},
+        training={**model.training, f"of {name}": f"{_count(len(mine))} of {sets}, {date.today().isoformat()}"},
     )
 
 
@@ -155,13 +155,17 @@ def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:
         limits=_LIMITS.format("few cases of the same data sets" if kept else "no case"),
         licence="; ".join(dict.fromkeys(d.licence for d in plan.datasets if d.licence)) or "that of its training data",
         training={
-            "data": f"{cases} {'case' if cases == 1 else 'cases'} of {', '.join(d.name for d in plan.datasets)}"
+            "data": f"{_count(cases)} of {', '.join(d.name for d in plan.datasets)}"
             + synthesise * f", their label maps drawn as {', '.join(expert.name for expert in experts)}",
             "date": date.today().isoformat(),
             "stages": [[stage.name, stage.steps, stage.learning_rate] for stage in config.stages],
             "seed": config.seed,
         },
     )
+
+
+def _count(cases: int) -> str:
+    return "1 case" if cases == 1 else f"{cases} cases"
 
 
 def _atlases(plan: Plan, spec: ModelSpec, failed: Set[str]) -> list[Atlas]:
