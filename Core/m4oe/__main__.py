@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     purpose = "Segments organs and lesions in CT and MR. Research use, not a medical device."
     parser = _Parser(prog="m4oe", description=purpose)
     parser.add_argument("--version", action="version", version=f"m4oe {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(run=lambda options: parser.error(f"expected a command: {', '.join(commands.choices)}"))
 
     add_segment_command(commands)
     _add_evaluate(commands)

@@ -527,6 +527,12 @@ def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: Capture
     assert "usage: m4oe" in capsys.readouterr().err
 
 
+def test_without_a_command_all_are_named(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "expected a command: segment, evaluate, models, info, train, demo" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "usage", "hint"),
     [
