@@ -17,7 +17,7 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 from .spec import ModelSpec
 
 T = TypeVar("T")
-PROTOCOL = 2
+PROTOCOL = 3
 GREETING = "m4oe"  # first key of the worker's first line
 _LONGEST_LINE = 64 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -92,11 +92,13 @@ class Device:
         name: As the predictor takes it: "cuda:0", "mps", "cpu".
         description: For people.
         free_mib: Memory that is free now.
+        why: Why it is the CPU; empty of others.
     """
 
     name: str
     description: str
     free_mib: float
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -202,13 +202,12 @@ def _devices() -> list[Device]:
     for name in available_devices():
         free, description = psutil.virtual_memory().available, "Apple GPU"
         if name == "cpu":
-            # of which the panel's box shows what stands before ", as "
-            description = f"CPU, {os.cpu_count()} cores{(why := why_cpu()) and f', as {why}'}"
+            description = f"CPU, {os.cpu_count()} cores"
         elif name.startswith("cuda"):
             free, description = 0, torch.cuda.get_device_name(name)
             with suppress(RuntimeError):  # so full that it cannot even be asked
                 free = torch.cuda.mem_get_info(name)[0]
-        devices.append(Device(name, description, free / 2**20))
+        devices.append(Device(name, description, free / 2**20, why_cpu() if name == "cpu" else ""))
     return devices
 
 

@@ -108,10 +108,10 @@ def showDevices(selector: Any, devices: Sequence[Any], chosen: str) -> None:
     selector.clear()
     selector.addItem(_("Automatic"), "auto")
     for device in devices:
-        name = device.description.partition(", as ")[0]  # why it is the CPU would leave no room for the memory
-        text = _("{name}, {free:.1f} GB free").format(name=name, free=device.free_mib / 1024)
+        text = _("{name}, {free:.1f} GB free").format(name=device.description, free=device.free_mib / 1024)
         selector.addItem(text, device.name)
-        selector.setItemData(selector.count - 1, device.description, qt.Qt.ToolTipRole)
+        why = _("{text}; it is the CPU, as {why}").format(text=text, why=device.why) if device.why else text
+        selector.setItemData(selector.count - 1, why, qt.Qt.ToolTipRole)
     if selector.findData(chosen) < 0:
         selector.addItem(chosen, chosen)
     selector.currentIndex = selector.findData(chosen)

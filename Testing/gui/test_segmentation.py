@@ -780,12 +780,15 @@ def test_dicom_seg_goes_into_the_database(panel: Any, dialogs: Dialogs, monkeypa
 
 
 def test_devices_are_listed_with_their_free_memory(panel: Any) -> None:
+    from m4oe.predictor import why_cpu
+
     panel.ui.refreshDevicesButton.click()
     settle(lambda: panel.worker.job is None)
     texts = [panel.ui.deviceSelector.itemText(index) for index in range(panel.ui.deviceSelector.count)]
     assert any(re.fullmatch(r"CPU, \d+ cores, [\d.]+ GB free", text) for text in texts)
     cpu = panel.ui.deviceSelector.findData("cpu")
-    assert panel.ui.deviceSelector.itemData(cpu, qt.Qt.ToolTipRole).startswith("CPU, ")
+    tip = panel.ui.deviceSelector.itemData(cpu, qt.Qt.ToolTipRole)
+    assert tip.startswith("CPU, ") and tip.endswith(why_cpu() or "GB free")
     panel.ui.deviceSelector.currentIndex = cpu
     panel.ui.deviceSelector.activated.emit(cpu)
     apply(panel, add_volume())
