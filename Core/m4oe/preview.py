@@ -374,7 +374,7 @@ def _draw_legend(
     size = min(19, int(pitch * 0.78))
     for n, (name, state) in enumerate(last, start=len(shown)):
         row = round(_TOP + 48 + pitch * (n + 0.5))
-        width = draw_text(picture, row, right, state, size, _MUTED, "right")
+        width = draw_text(picture, row, right, state, min(size, 15), _MUTED, "right")
         draw_text(picture, row, left + 30, name, size, _MUTED, room=right - left - 46 - width)
     for n, (item, volume_ml) in enumerate(shown):
         row = round(_TOP + 48 + pitch * (n + 0.5))
