@@ -35,6 +35,7 @@ def main(source: str, target: str) -> None:
     from m4oe.files import read_volume
 
     folder = Path(target)
+    folder.mkdir(parents=True, exist_ok=True)
     qt.QSettings.setDefaultFormat(qt.QSettings.IniFormat)
     qt.QSettings.setPath(qt.QSettings.IniFormat, qt.QSettings.UserScope, tempfile.mkdtemp(prefix="m4oe-"))
     os.environ["M4OE_MODELS"] = tempfile.mkdtemp(prefix="m4oe-") + "/models"
