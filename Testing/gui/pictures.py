@@ -27,7 +27,7 @@ import slicer.util
 from harness.application import open_module, settle
 from harness.views import SliceView, ThreeDView
 
-_WIDTH = 540
+_WIDTH = 570
 
 
 def main(source: str, target: str) -> None:
