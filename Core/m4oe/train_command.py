@@ -218,7 +218,9 @@ def _plan(options: argparse.Namespace, first: bool) -> Plan:
     drawn = MODALITIES if options.synthesise else ()
     begun = _has_run(options.output)
     if not named and begun and not path.exists():
-        raise ValueError(f"{options.output} holds a run on other data; choose another folder")
+        raise ValueError(
+            f"{options.output} holds a run without plan.json; give the plan it was trained on or choose another folder"
+        )
     if not named and first and not begun:
         plan_folders(options, path, drawn=drawn)
         return read_plan(path)

@@ -2,7 +2,7 @@
 
     python Testing/benchmarks/demo_model.py DATA -o OUT
     python Testing/benchmarks/demo_model.py DATA --score MODEL...
-    torchrun --nproc-per-node 2 Testing/benchmarks/demo_model.py DATA -o OUT    (two GPUs; two images of each expert)
+    torchrun --nproc-per-node 2 Testing/benchmarks/demo_model.py DATA -o OUT    (two at most, which share the batches)
 
 DATA is a folder with the volumes and label maps named below; their licences are in the model's description. What came
 of it, and how it got there, is told in Docs/demo-model.md.
