@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install
 SLICER_STABLE := slicer-core==5.12.4.0 vtk==9.6.0
 
 TRAINING_TESTS := $(wildcard Testing/core/test_train*.py) $(patsubst %,Testing/core/test_%.py,augment cache check data \
-  data_commands datasets exchange loop loss parallel phantom plan start synthesis)
+  data_commands datasets exchange loop loss optimiser parallel phantom plan start synthesis)
 
 # Relative, as pip splits this value at spaces.
 export PIP_CONSTRAINT := constraints.txt

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--init", required=True, metavar="MODEL:EXPERT", help="of m4oe train --phantoms")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    full = demo_config(1.0, mixture=False)
+    full = replace(demo_config(1.0, mixture=False), optimiser="adamw")
     data = demo_data(options.data, full)
     bodies, rest = data.atlases[: len(SOURCES)], data.atlases[len(SOURCES) :]
     one_body = [replace(bodies[0], weight=sum(body.weight for body in bodies)), *rest]

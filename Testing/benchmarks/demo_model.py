@@ -143,10 +143,10 @@ def demo_config(length: float, mixture: bool) -> TrainConfig:
     """The stages, `length` times as long; from a mixture on without the first, and slower lest it forgets."""
     pace = 0.5 if mixture else 1.0
     stages = (
-        Stage("dense", 7000, 1e-3, balance=0.35),
-        Stage("experts", 11000, pace * 6e-4, balance=0.35),
-        Stage("experts", 4500, pace * 3e-4, balance=0.15),
-        Stage("gate", 600, 2e-3),
+        Stage("dense", 7000, 3e-3, balance=0.35),
+        Stage("experts", 5500, pace * 1.5e-3, balance=0.35),
+        Stage("experts", 2200, pace * 6e-4, balance=0.15),
+        Stage("gate", 400, 2e-3),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])
     return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)
@@ -157,7 +157,7 @@ def demo_data(data: Path, config: TrainConfig) -> TrainingData:
     phantoms = phantom_data(config, PHANTOMS, say)
     spec = replace(
         phantoms.spec,
-        version="0.7.0",
+        version="0.8.0",
         description="Demonstration model: abdominal organs on CT and MR, the large ones best.",
         licence="Apache-2.0",
         limits=LIMITS,

@@ -54,6 +54,7 @@ ANATOMY = TrainConfig(
     crop=160,
     images=8,
     stages=(Stage("dense", 1300, 1.5e-3), Stage("joint", 300, 4e-4, balance=0.0)),
+    optimiser="adamw",
     checkpoint_every=50,
 )
 
@@ -104,7 +105,7 @@ def anatomy_table(rows: Sequence[Mapping[str, Any]]) -> str:
 STEPS = (800, 350, 250)  # that train the segmentation, in every arm; the gate's own are cheap and come on top
 RATES = (2e-3, 1e-3, 1e-3)
 PHANTOMS, UNSEEN = 24, 4  # per modality
-MIXTURE = replace(QUICK, images=2)
+MIXTURE = replace(QUICK, images=2, optimiser="adamw")
 FLARE = (
     "liver", "kidney_right", "spleen", "pancreas", "aorta", "inferior_vena_cava", "adrenal_gland_right",
     "adrenal_gland_left", "gallbladder", "esophagus", "stomach", "duodenum", "kidney_left",

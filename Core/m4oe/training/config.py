@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ..spec import NetworkSpec
 
+OPTIMISERS = ("muon", "adamw")
 STAGES = ("pretrain", "dense", "experts", "gate", "joint", "add")
 
 
@@ -64,6 +65,7 @@ class TrainConfig:
         slice_mm: Its slice spacing; thicker slices stay as they are.
         crop: Rows and columns of a training image.
         images: Training images per modality and step, of all processes together.
+        optimiser: "muon" or "adamw", see `Muon`: fewer steps to the same loss, or cheaper ones.
         validate_every: Steps between validations on whole volumes; 0 validates never.
         patience: Validations without a better score after which a stage ends; 0 for never.
         checkpoint_every: Steps between checkpoints.
@@ -84,6 +86,7 @@ class TrainConfig:
         Stage("joint", 500, 5e-4, balance=0.0),
         Stage("gate", 400, 2e-3),
     )
+    optimiser: str = "muon"
     weight_decay: float = 0.02
     seed: int = 0
     validate_every: int = 0
@@ -91,7 +94,9 @@ class TrainConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        """Refuses an order of stages that would throw away what was learned."""
+        """Refuses an unknown optimiser, and an order of stages that would throw away what was learned."""
+        if self.optimiser not in OPTIMISERS:
+            raise ValueError(f"optimiser {self.optimiser!r} is unknown; expected one of {', '.join(OPTIMISERS)}")
         names = [stage.name for stage in self.stages]
         order = [min(STAGES.index(name), 2) for name in names]
         if not names or order != sorted(order):
@@ -144,6 +149,7 @@ FULL = TrainConfig(
         Stage("joint", 10_000, 1e-4, balance=0.0),
         Stage("gate", 1000, 1e-3),
     ),
+    optimiser="adamw",
     weight_decay=0.05,
     validate_every=2000,
     patience=8,

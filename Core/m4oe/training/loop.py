@@ -44,6 +44,7 @@ from .checkpoint import (
 )
 from .config import Stage, TrainConfig
 from .data import Batch, Case, Sampler, prefetched
+from .optimiser import Muon
 from .ranks import Ranks
 from .stages import Objective, learning_rate, trained_groups
 from .synthesis import Synthesiser
@@ -256,7 +257,9 @@ def _run_stage(run: _Run, number: int) -> None:
     progress.experts = run.network.spec.experts
     learner = _learner(run, stage)
     groups = trained_groups(learner, stage, run.data.spec, run.data.experts > 1)
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    if config.optimiser == "adamw":
+        groups = [{**group, "matrices": False} for group in groups]
+    optimiser = Muon(groups, config.weight_decay, torch.bfloat16 if bfloat16_is_faster(run.device) else torch.float32)
     average = AveragedModel(
         learner, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1.0, _AVERAGED * stage.steps)), use_buffers=False
     )

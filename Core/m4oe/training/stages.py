@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..network.unet import MoESwinUNet
 from ..spec import ModelSpec
@@ -21,6 +22,7 @@ _WARM_UP = 0.05
 _HIDDEN, _HIDDEN_PIXELS = 0.6, 16  # share of an image that pretraining hides, in squares of this side
 _UNSEEN = -1.0  # what a hidden pixel shows; no intensity is below 0
 _COLDEST = 0.1  # temperature of the gate at the end of joint training, from 1: nearly the one expert of prediction
+_DECISIONS = ("gate", "head", "score")  # linear layers whose rows are choices, each for itself
 _GATE_PACE = 20.0  # how much faster a single row of the gate learns than an expert
 
 
@@ -92,7 +94,7 @@ class Objective:
 
 
 def trained_groups(network: MoESwinUNet, stage: Stage, spec: ModelSpec, others: bool) -> list[dict[str, Any]]:
-    """Marks what a stage trains, and gives it as an optimiser's groups; "scale" multiplies a group's learning rate.
+    """Marks what a stage trains, and gives it as groups of `Muon`; "scale" multiplies a group's learning rate.
 
     Args:
         network: All of it, but for "gate", which trains the gate alone, and "add", see `_added_groups`.
@@ -105,7 +107,15 @@ def trained_groups(network: MoESwinUNet, stage: Stage, spec: ModelSpec, others: 
     network.requires_grad_(stage.name != "gate")
     if network.router is not None:
         network.router.requires_grad_()
-    return [{"params": [parameter for parameter in network.parameters() if parameter.requires_grad]}]
+    return _groups(network, [parameter for parameter in network.parameters() if parameter.requires_grad])
+
+
+def _groups(network: MoESwinUNet, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """The parameters as groups: the matrices of linear layers, and all else."""
+    layers = [layer for name, layer in network.named_modules() if name.rpartition(".")[2] not in _DECISIONS]
+    matrices = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+    parts = [[p for p in parameters if (id(p) in matrices) is matrix] for matrix in (True, False)]
+    return [{"params": part, "matrices": part is parts[0]} for part in parts if part]
 
 
 def _added_groups(network: MoESwinUNet, spec: ModelSpec, others: bool) -> list[dict[str, Any]]:
@@ -121,7 +131,7 @@ def _added_groups(network: MoESwinUNet, spec: ModelSpec, others: bool) -> list[d
     if others:
         gate, row = (network.router.score, last) if last > 1 else (network.router, 0)
         rows += [(parameter, row, _GATE_PACE) for parameter in gate.parameters()]
-    groups: list[dict[str, Any]] = [{"params": [p.requires_grad_() for p in network.expert_parameters(last)]}]
+    groups = _groups(network, [p.requires_grad_() for p in network.expert_parameters(last)])
     for parameter, first, scale in rows:
         parameter.requires_grad_().register_hook(partial(_from_row, first))
         groups.append({"params": [parameter], "weight_decay": 0.0, "scale": scale})
