@@ -144,8 +144,8 @@ def demo_config(length: float, mixture: bool) -> TrainConfig:
     pace = 0.5 if mixture else 1.0
     stages = (
         Stage("dense", 7000, 3e-3, balance=0.35),
-        Stage("experts", 5500, pace * 1.5e-3, balance=0.35),
-        Stage("experts", 2200, pace * 6e-4, balance=0.15),
+        Stage("experts", 4000, pace * 1.5e-3, balance=0.35),
+        Stage("experts", 1600, pace * 6e-4, balance=0.15),
         Stage("gate", 400, 2e-3),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])

@@ -137,6 +137,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, stage: 
     assert_same_model(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_a_run_by_adamw_alone_goes_on_as_well(tmp_path: Path) -> None:
+    config = replace(CONFIG, optimiser="adamw", stages=(Stage("dense", 8, 1e-2),))
+    run(tmp_path / "whole", config)
+    with pytest.raises(Stopped):
+        train(config, some_data(), tmp_path / "stopped", stop_at("dense", 6), device="cpu")
+    run(tmp_path / "stopped", config)
+    assert_same_model(tmp_path / "stopped", tmp_path / "whole")
+    run(tmp_path / "muon", replace(config, optimiser="muon"))
+    assert losses(tmp_path / "muon")["dense", 8] != losses(tmp_path / "whole")["dense", 8]
+
+
 def test_the_time_of_a_stage_goes_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(CONFIG, some_data(), tmp_path, stop_at("dense", 4), device="cpu")
@@ -300,8 +311,8 @@ def test_pretrained_weights_are_where_training_starts(tmp_path: Path) -> None:
 def test_the_gate_stage_trains_the_gate_alone() -> None:
     network = MoESwinUNet(NETWORK, 3)
     assert network.router is not None
-    groups = trained_groups(network, Stage("gate", 1, 1e-3), SPEC, True)
-    trained = [parameter for group in groups for parameter in group["params"]]
+    (group,) = trained_groups(network, Stage("gate", 1, 1e-3), SPEC, True)
+    trained = group["params"]
     assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in network.router.parameters()}
 
 

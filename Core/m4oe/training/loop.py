@@ -96,6 +96,7 @@ class _Run:
     emit: Callable[[Event], None]
     ranks: Ranks
     device: torch.device
+    bfloat16: bool  # whether to compute in it: all processes do, or none, lest their weights part
     network: MoESwinUNet
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the stage's best validation
@@ -230,7 +231,8 @@ def _opened(
     upcycled = config.stages[0].name in ("pretrain", "dense")
     first = replace(config.network, experts=1, gate="image", top_k=0) if upcycled else config.network
     network = start or MoESwinUNet(first, classes)
-    run = _Run(config, data, folder, emit, ranks, device, network.to(device))
+    bfloat16 = all(ranks.gather([bfloat16_is_faster(device)]))
+    run = _Run(config, data, folder, emit, ranks, device, bfloat16, network.to(device))
     path = folder / "checkpoint.safetensors"
     if path.exists():
         run.progress, run.loaded = load_checkpoint(path)
@@ -259,7 +261,7 @@ def _run_stage(run: _Run, number: int) -> None:
     groups = trained_groups(learner, stage, run.data.spec, run.data.experts > 1)
     if config.optimiser == "adamw":
         groups = [{**group, "matrices": False} for group in groups]
-    optimiser = Muon(groups, config.weight_decay, torch.bfloat16 if bfloat16_is_faster(run.device) else torch.float32)
+    optimiser = Muon(groups, config.weight_decay, torch.bfloat16 if run.bfloat16 else torch.float32)
     average = AveragedModel(
         learner, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1.0, _AVERAGED * stage.steps)), use_buffers=False
     )
@@ -285,7 +287,6 @@ def _steps(
     sampler, augment = _sampler(run, stage), _augmenter(run, stage)
     losses_of = Objective(stage, run.data.spec, run.device, run.data.experts > 1, run.ranks.add_up)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    bfloat16 = bfloat16_is_faster(run.device)
     start, recent = time.perf_counter() - progress.seconds, _Recent(run.config, number)
     learner.train()
     for crops in prefetched(sampler.crops_at, range(before + progress.step, before + stage.steps)):
@@ -299,7 +300,7 @@ def _steps(
         torch.manual_seed(hash((config.seed, before + progress.step, run.ranks.rank)))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(stage, progress.step) * group.get("scale", 1.0)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
             losses = _gradients(
                 run, partial(losses_of, learner, progress=progress.step / stage.steps), batch, optimiser
             )

@@ -10,6 +10,7 @@ Shape suffixes: M matrix, R and C its rows and columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ _LENGTH = 0.2  # root mean square of what AdamW changes, per learning rate
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW but for groups with "matrices": True, whose steps have all singular values alike.
+    """AdamW but for groups with "matrices": True, whose steps have all large singular values alike.
 
-    A gradient is of low rank: few directions drown the others. With all of them as long a network learns more from a
-    step, which costs some products of matrices. `torch.optim.Muon` is for bfloat16 alone, which takes a processor that
-    has none thirty times as long.
+    A gradient has few large singular values, whose directions drown the others. With all of them as long a network
+    learns more from a step, which costs some products of matrices. `torch.optim.Muon` multiplies in bfloat16 alone, for
+    which a processor without it takes many times as long.
     """
 
     def __init__(self, groups: list[dict[str, Any]], weight_decay: float, dtype: torch.dtype = torch.float32) -> None:
@@ -45,12 +46,15 @@ class Muon(torch.optim.AdamW):
         torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step; the gradients of matrices are gone behind it."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             if group.get("matrices"):
                 self._step_matrices(group)
-        return super().step(closure)
+        super().step()
+        return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         alike: dict[torch.Size, list[Tensor]] = {}
@@ -65,21 +69,26 @@ class Muon(torch.optim.AdamW):
                 matrix.grad = None  # AdamW leaves it alone
 
     def _way(self, matrix: Tensor) -> Tensor:
-        """The gradient with momentum, a step ahead (Nesterov)."""
+        """The gradient with momentum, a step ahead (Nesterov); none without a gradient, as its length is lost."""
         assert matrix.grad is not None
         memory = self.state[matrix]
         if not memory:
             memory["momentum"] = torch.zeros_like(matrix)
-        return matrix.grad.lerp(memory["momentum"].lerp_(matrix.grad, 1 - _MOMENTUM), _MOMENTUM)
+        ahead = matrix.grad.lerp(memory["momentum"].lerp_(matrix.grad, 1 - _MOMENTUM), _MOMENTUM)
+        return ahead * matrix.grad.any()
 
 
 def even(matrices_MRC: Tensor) -> Tensor:
-    """The matrices with singular values near 1 (0.7 to 1.2), by five iterations of Newton and Schulz."""
+    """The matrices with singular values of 0.6 to 1.3, by iterations of Newton and Schulz.
+
+    Those below 0.002 of the root of the sum of their squares stay smaller.
+    """
     rows, columns = matrices_MRC.shape[1:]
     if rows > columns:
         return even(matrices_MRC.mT).mT
-    length_M11 = matrices_MRC.norm(dim=(1, 2), keepdim=True)
-    x_MRC = matrices_MRC / length_M11.clamp(min=torch.finfo(matrices_MRC.dtype).tiny)
+    tiny = torch.finfo(matrices_MRC.dtype).tiny
+    x_MRC = matrices_MRC / matrices_MRC.abs().amax(dim=(1, 2), keepdim=True).clamp(min=tiny)  # squares of less are 0
+    x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=tiny)
     first, third, fifth = _POLYNOMIAL
     for _ in range(_ITERATIONS):
         square_MRR = x_MRC @ x_MRC.mT

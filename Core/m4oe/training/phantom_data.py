@@ -51,6 +51,7 @@ def phantom_spec(config: TrainConfig, count: int) -> ModelSpec:
         training={
             "data": f"{count} computer-made phantoms per modality, no patient data",
             "date": date.today().isoformat(),
+            "optimiser": config.optimiser,
             "stages": [[stage.name, stage.steps, stage.learning_rate] for stage in config.stages],
             "seed": config.seed,
         },

@@ -158,6 +158,7 @@ def _spec(config: TrainConfig, plan: Plan, synthesise: bool) -> ModelSpec:
             "data": f"{_count(cases)} of {', '.join(d.name for d in plan.datasets)}"
             + synthesise * f", their label maps drawn as {', '.join(expert.name for expert in experts)}",
             "date": date.today().isoformat(),
+            "optimiser": config.optimiser,
             "stages": [[stage.name, stage.steps, stage.learning_rate] for stage in config.stages],
             "seed": config.seed,
         },
