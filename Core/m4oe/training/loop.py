@@ -96,8 +96,8 @@ class _Run:
     emit: Callable[[Event], None]
     ranks: Ranks
     device: torch.device
-    bfloat16: bool  # whether to compute in it: all processes do, or none, lest their weights part
     network: MoESwinUNet
+    bfloat16: bool = False  # whether to compute in it: all processes do, or none, lest their weights part
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the stage's best validation
     loaded: dict[str, Tensor] = field(default_factory=dict)  # a checkpoint amid a stage, until that begins
@@ -232,7 +232,7 @@ def _opened(
     first = replace(config.network, experts=1, gate="image", top_k=0) if upcycled else config.network
     network = start or MoESwinUNet(first, classes)
     bfloat16 = all(ranks.gather([bfloat16_is_faster(device)]))
-    run = _Run(config, data, folder, emit, ranks, device, bfloat16, network.to(device))
+    run = _Run(config, data, folder, emit, ranks, device, network.to(device), bfloat16)
     path = folder / "checkpoint.safetensors"
     if path.exists():
         run.progress, run.loaded = load_checkpoint(path)
