@@ -147,6 +147,8 @@ def demo_config(length: float, mixture: bool) -> TrainConfig:
         Stage("experts", 4000, pace * 1.5e-3, balance=0.35),
         Stage("experts", 1600, pace * 6e-4, balance=0.15),
         Stage("gate", 400, 2e-3),
+        Stage("experts", 3600, pace * 1e-3, balance=0.15),
+        Stage("gate", 1200, 2e-3),
     )
     stages = tuple(replace(stage, steps=max(1, round(length * stage.steps))) for stage in stages[mixture:])
     return replace(DEMO, crop=128, images=2, stages=stages, checkpoint_every=50)
