@@ -147,6 +147,7 @@ def demo_config(length: float, mixture: bool) -> TrainConfig:
         Stage("experts", 4000, pace * 1.5e-3, balance=0.35),
         Stage("experts", 1600, pace * 6e-4, balance=0.15),
         Stage("gate", 400, 2e-3),
+        # added when the stages above were scored: the gate still took T2 for contrast-enhanced T1
         Stage("experts", 3600, pace * 1e-3, balance=0.15),
         Stage("gate", 1200, 2e-3),
     )
